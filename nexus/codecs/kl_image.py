@@ -1,0 +1,103 @@
+"""The KL picture codec (AutoencoderKL of Stable Diffusion, SD3 and FLUX): pictures <-> small latent maps."""
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from nexus.codecs.kl_blocks import KLDecoder, KLEncoder
+from nexus.config import Config
+from nexus.losses.kl import sample_gaussian, split_moments
+
+
+class KLConfig(Config):
+    """Widths and latent scaling of a KL picture codec.
+
+    channels: the width at each resolution, halved between one and the next. blocks: residual blocks a resolution
+    (the decoder has one more). patch: pixels folded into channels before the first convolution (1 as published).
+    The latents that other systems see are (z - shift) * scale. size: the side of the pictures, in pixels.
+    """
+
+    presets: ClassVar[dict[str, dict]] = {
+        "tiny": {"channels": (8, 16), "blocks": 1, "groups": 4, "mid_attention": False, "quant_conv": False,
+                 "size": 16},
+        "sd-f8": {"scale": 0.18215, "size": 512},
+        "sdxl-f8": {"scale": 0.13025, "size": 1024},
+        "sd3": {"latent_channels": 16, "quant_conv": False, "scale": 1.5305, "shift": 0.0609, "size": 1024},
+        "flux": {"latent_channels": 16, "quant_conv": False, "scale": 0.3611, "shift": 0.1159, "size": 1024},
+        "picture-codec": {"channels": (64, 128), "blocks": 1, "patch": 2, "groups": 16, "mid_attention": False,
+                          "quant_conv": False, "size": 64},
+    }
+    kind: Literal["kl"] = "kl"
+    in_channels: int = Field(3, ge=1)
+    out_channels: int = Field(3, ge=1)
+    latent_channels: int = Field(4, ge=1)
+    channels: tuple[int, ...] = Field((128, 256, 512, 512), min_length=1)
+    blocks: int = Field(2, ge=1)
+    patch: int = Field(1, ge=1)
+    groups: int = Field(32, ge=1)
+    eps: float = 1e-6
+    mid_attention: bool = True
+    quant_conv: bool = True
+    scale: float = Field(1.0, gt=0)
+    shift: float = 0.0
+    size: int = Field(256, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if bad := [c for c in self.channels if c % self.groups]:
+            raise ValueError(f"a width of {bad[0]} does not divide into {self.groups} groups")
+        if self.size % self.factor:
+            raise ValueError(f"a side of {self.size} pixels is not a multiple of the codec's factor {self.factor}")
+        return self
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the picture to one latent position, along a side."""
+        return self.patch * 2 ** (len(self.channels) - 1)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents of a picture of side `size`."""
+        return self.latent_channels, self.size // self.factor, self.size // self.factor
+
+    def fitted(self, size: int, channels: int) -> Self:
+        """The same codec for pictures of another side and number of colour channels."""
+        return self.parse(self.to_json() | {"size": size, "in_channels": channels, "out_channels": channels})
+
+    def build(self) -> "KLImage":
+        return KLImage(self)
+
+
+class KLImage(nn.Module):
+    """Convolutional Gaussian autoencoder of pictures. Rombach et al. 2022."""
+
+    def __init__(self, config: KLConfig):
+        super().__init__()
+        self.config = config
+        norm = {"groups": config.groups, "eps": config.eps}
+        shared = {"patch": config.patch, "attention": config.mid_attention, "norm": norm}
+        moments, latents = 2 * config.latent_channels, config.latent_channels
+        self.encoder = KLEncoder(config.in_channels, moments, config.channels, config.blocks, **shared)
+        self.decoder = KLDecoder(latents, config.out_channels, config.channels, config.blocks, **shared)
+        self.quant_conv = nn.Conv2d(moments, moments, 1) if config.quant_conv else None
+        self.post_quant_conv = nn.Conv2d(latents, latents, 1) if config.quant_conv else None
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, C, H, W] in [-1, 1] -> mean and log variance [B, L, H/f, W/f] of the posterior, before scaling."""
+        h = self.encoder(x)
+        return split_moments(h if self.quant_conv is None else self.quant_conv(h))
+
+    def latents(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W] in [-1, 1] -> scaled latents [B, L, H/f, W/f]: the mode, or a draw that uses `noise`."""
+        mean, logvar = self.encode(x)
+        z = mean if noise is None else sample_gaussian(mean, logvar, noise)
+        return (z - self.config.shift) * self.config.scale
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Scaled latents z [B, L, h, w] -> picture [B, C, f*h, f*w], about [-1, 1] and not clipped."""
+        return self.decode_raw(z / self.config.scale + self.config.shift)
+
+    def decode_raw(self, z: Tensor) -> Tensor:
+        """Latents before scaling -> picture."""
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))

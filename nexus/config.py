@@ -1,0 +1,84 @@
+"""Frozen configurations: JSON in, JSON out, an unknown key is an error that names the nearest one."""
+
+import difflib
+import json
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nexus.errors import InputError
+
+
+class Config(BaseModel):
+    """Base of every configuration; subclasses add fields, `presets` and `build()`.
+
+    `presets` maps a name to the fields that differ from the defaults; every system has one called `tiny`.
+    `nexus train` takes `default_preset` unless told otherwise.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    presets: ClassVar[dict[str, dict]] = {}
+    default_preset: ClassVar[str] = "tiny"
+    recipes: ClassVar[dict[str, dict]] = {}         # how each preset is trained: fields of TrainArgs
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """The named preset, or InputError listing the presets there are."""
+        if name not in cls.presets:
+            known = ", ".join(sorted(cls.presets))
+            raise InputError(f"unknown preset '{name}' for {cls.__name__}", hint=f"presets: {known}")
+        return cls.parse(cls.presets[name])
+
+    @classmethod
+    def parse(cls, data: dict) -> Self:
+        """Validate plain JSON data; InputError names the bad key, the value and the nearest known key."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise InputError(*_explain(cls, error)[:1], hint=_explain(cls, error)[1]) from None
+
+    def to_json(self) -> dict:
+        """Plain JSON data that `parse` reads back to an equal configuration."""
+        return json.loads(self.model_dump_json())
+
+    def override(self, assignments: list[str]) -> Self:
+        """A copy with `a.b=value` assignments applied; values are JSON, or else plain text."""
+        data = self.to_json()
+        for text in assignments:
+            path, eq, value = text.partition("=")
+            if not eq:
+                raise InputError(f"--set '{text}' is not KEY=VALUE", hint="for example --set net.depth=6")
+            _assign(data, path.strip().split("."), _value(value), text)
+        return type(self).parse(data)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _assign(data: dict, keys: list[str], value: Any, text: str) -> None:
+    node = data
+    for key in keys[:-1]:
+        if key not in node or not isinstance(node[key], dict):
+            raise InputError(f"--set '{text}': there is no section '{key}'", hint=_nearest(key, node))
+        node = node[key]
+    if keys[-1] not in node:
+        raise InputError(f"--set '{text}': there is no setting '{keys[-1]}'", hint=_nearest(keys[-1], node))
+    node[keys[-1]] = value
+
+
+def _nearest(key: str, known) -> str:
+    near = difflib.get_close_matches(key, list(known), 1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else "known settings: " + ", ".join(sorted(known))
+
+
+def _explain(cls: type[Config], error: ValidationError) -> tuple[str, str]:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{cls.__name__}: unknown setting '{where}'", _nearest(str(first["loc"][-1]), cls.model_fields)
+    shown = "" if first["type"] == "missing" else f" (got {first['input']!r:.80})"
+    return f"{cls.__name__}: {where or 'value'}: {first['msg']}{shown}", "see the system's page for its settings"

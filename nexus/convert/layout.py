@@ -1,0 +1,39 @@
+"""What a public checkpoint layout is: how to know it, its configuration and its key table."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nexus.convert.keymap import Row
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Layout(NamedTuple):
+    """One public layout of one system, in both directions. Each `layouts/<name>.py` has a tuple `LAYOUTS` of these.
+
+    name: what `--to` takes, for example "original" or "diffusers". system: catalog name. part: the submodule of the
+    system that the rows' native keys are relative to ("net", "codec").
+    matches(shapes, foreign_config) tells whether a checkpoint is of this layout; foreign_config is the folder's
+    config.json, or None for a single file. config(shapes, foreign_config) -> the native Config as JSON data.
+    table(config) -> rows. foreign_config(config) -> the folder's
+    config.json, or None when the layout is a single file. file: the weights' name in the folder.
+    copies(config) -> how often copied keys are repeated. drop: foreign keys (patterns) that carry no information.
+    constants(config) -> foreign keys computed from the configuration: compared on the way in, written on the way out.
+    unsaid(shapes, foreign_config) -> dotted settings the checkpoint does not tell; `config` holds the usual value,
+    or None where there is no usual one and the user has to say.
+    """
+
+    name: str
+    system: str
+    part: str
+    matches: Callable[[Shapes, dict | None], bool]
+    config: Callable[[Shapes, dict | None], dict]
+    table: Callable[[dict], list[Row]]
+    foreign_config: Callable[[dict], dict] | None = None
+    file: str = "diffusion_pytorch_model.safetensors"
+    copies: Callable[[dict], int] = lambda config: 0
+    drop: tuple[str, ...] = ()
+    constants: Callable[[dict], dict[str, Tensor]] = lambda config: {}
+    unsaid: Callable[[Shapes, dict | None], tuple[str, ...]] = lambda shapes, foreign: ()

@@ -1,0 +1,12 @@
+"""The public checkpoint layouts: one module a network, each with a tuple `LAYOUTS`."""
+
+from importlib import import_module
+
+from nexus.convert.layout import Layout
+
+MODULES = ("unet", "dit", "kl_image")
+
+
+def every_layout() -> tuple[Layout, ...]:
+    """All layouts, in the order in which they are tried."""
+    return tuple(layout for name in MODULES for layout in import_module(f"{__name__}.{name}").LAYOUTS)

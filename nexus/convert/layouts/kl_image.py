@@ -1,0 +1,190 @@
+"""The KL picture codec: diffusers' AutoencoderKL, and the single files of latent diffusion, SD3 and FLUX."""
+
+from functools import partial
+
+from torch import Tensor
+
+from nexus.codecs.kl_image import KLConfig
+from nexus.convert.keymap import Row
+from nexus.convert.layout import Layout, Shapes
+from nexus.convert.layouts.unet_rows import layer, layers
+from nexus.errors import ModelError
+
+EPS, GROUPS = 1e-6, 32                  # neither is told by a single file; diffusers tells the groups
+PREFIX = "first_stage_model."           # where the codec lies in a whole Stable Diffusion or SD3 file
+TRAINED = {"likelihood": "laplace", "beta": 1e-6, "per_value": True, "edge_weight": 0.5}
+RES = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2"}
+NEW_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+OLD_ATTENTION = ("query", "key", "value", "proj_attn")          # files of 2022
+ENDS = ("conv_in", "conv_out")
+
+# Settings of config.json that this codec has in one value only (the first; absent counts as it).
+FIXED = {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)}
+
+
+def _diffusers_table(config: dict, *, names: tuple[str, ...] = NEW_ATTENTION) -> list[Row]:
+    rows = [*layer("quant_conv", "quant_conv"), *layer("post_quant_conv", "post_quant_conv")]
+    for side, stage, way in (("encoder", "down_blocks", "downsamplers"), ("decoder", "up_blocks", "upsamplers")):
+        middle = f"{side}.mid_block.attentions.0"
+        rows += [
+            *layers(side, side, {**{end: end for end in ENDS}, "norm_out": "conv_norm_out"}),
+            *layers(f"{side}.stages.*.blocks.*", f"{side}.{stage}.*.resnets.*", RES | {"skip": "conv_shortcut"}),
+            *layer(f"{side}.stages.*.resample.conv", f"{side}.{stage}.*.{way}.0.conv"),
+            *layers(f"{side}.middle.block1", f"{side}.mid_block.resnets.0", RES),
+            *layers(f"{side}.middle.block2", f"{side}.mid_block.resnets.1", RES),
+            *layer(f"{side}.middle.attention.norm", f"{middle}.group_norm"),
+            *layer(f"{side}.middle.attention.qkv", *(f"{middle}.{name}" for name in names[:3])),
+            *layer(f"{side}.middle.attention.proj", f"{middle}.{names[3]}"),
+        ]
+    return rows
+
+
+def _original_table(config: dict, *, prefix: str) -> list[Row]:
+    """The decoder's levels are numbered from the largest resolution, ours in the order in which they run."""
+    net = config["net"]
+    count = len(net["channels"]) if net["kind"] == "kl" else 4
+    rows = [*layer("quant_conv", f"{prefix}quant_conv"), *layer("post_quant_conv", f"{prefix}post_quant_conv")]
+    for side, level, way in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
+        theirs, attention = f"{prefix}{side}", f"{prefix}{side}.mid.attn_1"
+        for i in range(count):
+            stage, here = f"{side}.stages.{i}", f"{theirs}.{level}.{i if side == 'encoder' else count - 1 - i}"
+            rows += [*layers(f"{stage}.blocks.*", f"{here}.block.*", RES | {"skip": "nin_shortcut"}),
+                     *layer(f"{stage}.resample.conv", f"{here}.{way}.conv")]
+        rows += [
+            *layers(side, theirs, {end: end for end in (*ENDS, "norm_out")}),
+            *layers(f"{side}.middle.block1", f"{theirs}.mid.block_1", RES),
+            *layers(f"{side}.middle.block2", f"{theirs}.mid.block_2", RES),
+            *layer(f"{side}.middle.attention.norm", f"{attention}.norm"),
+            *layer(f"{side}.middle.attention.qkv", *(f"{attention}.{p}" for p in "qkv"), op="conv_to_linear"),
+            *layer(f"{side}.middle.attention.proj", f"{attention}.proj_out", op="conv_to_linear"),
+        ]
+    return rows
+
+
+def _diffusers_matches(shapes: Shapes, foreign: dict | None, *, old: bool) -> bool:
+    attention = "encoder.mid_block.attentions.0.query.weight"
+    return (len(shapes.get("encoder.down_blocks.0.resnets.0.conv1.weight", ())) == 4
+            and {"encoder.mid_block.resnets.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight"} <= set(shapes)
+            and not any(key.startswith("quantize.") for key in shapes) and (attention in shapes) == old)
+
+
+def _diffusers_config(shapes: Shapes, foreign: dict | None) -> dict:
+    if foreign is None:
+        raise ModelError("a diffusers codec needs the config.json beside its weights",
+                         hint="convert the folder, not the file in it")
+    for name, allowed in FIXED.items():
+        if foreign.get(name, allowed[0]) not in allowed:
+            raise ModelError(f"config.json: {name} is {foreign[name]!r}, this codec has {allowed[0]!r}")
+    kinds = set(foreign.get("down_block_types", ())) | set(foreign.get("up_block_types", ()))
+    if other := kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
+        raise ModelError(f"config.json: this codec has no {min(other)}")
+    quant = foreign.get("use_quant_conv", True)
+    if foreign.get("use_post_quant_conv", True) != quant:
+        raise ModelError("config.json: this codec has both quant_conv and post_quant_conv, or neither")
+    widths, size = foreign.get("block_out_channels", [64]), foreign.get("sample_size", 32)
+    return TRAINED | {"net": {
+        "kind": "kl", "in_channels": foreign.get("in_channels", 3), "out_channels": foreign.get("out_channels", 3),
+        "latent_channels": foreign.get("latent_channels", 4), "channels": widths,
+        "blocks": foreign.get("layers_per_block", 1), "groups": foreign.get("norm_num_groups", GROUPS),
+        "mid_attention": foreign.get("mid_block_add_attention", True), "quant_conv": quant,
+        "scale": foreign.get("scaling_factor", 0.18215), "shift": foreign.get("shift_factor") or 0.0,
+        "size": _whole(size if isinstance(size, int) else 512, len(widths)),
+    }}
+
+
+def _whole(size: int, levels: int) -> int:
+    """The nearest side that halves between all levels, at least one latent wide."""
+    factor = 2 ** (levels - 1)
+    return max(factor, size - size % factor)
+
+
+def _original_matches(shapes: Shapes, foreign: dict | None, *, prefix: str) -> bool:
+    needed = {f"{prefix}{key}.weight" for key in
+              ("encoder.mid.block_1.norm1", "decoder.mid.block_1.norm1", "decoder.up.0.block.0.conv1", "decoder.conv_in")}
+    return (needed <= set(shapes) and len(shapes.get(f"{prefix}encoder.down.0.block.0.conv1.weight", ())) == 4
+            and not any(key.startswith(f"{prefix}quantize.") for key in shapes))
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """How many indices n = 0, 1, ... in the pattern name a tensor."""
+    n = 0
+    while pattern.format(n) in shapes:
+        n += 1
+    return n
+
+
+def _original_config(shapes: Shapes, foreign: dict | None, *, prefix: str) -> dict:
+    levels = _count(shapes, f"{prefix}encoder.down.{{}}.block.0.conv1.weight")
+    quant = f"{prefix}quant_conv.weight" in shapes
+    # Without quant convolutions it is SD3's codec when it lies in a whole file, and FLUX's when it is alone.
+    usual = KLConfig.preset("sd-f8" if quant else "sd3" if prefix else "flux")
+    return TRAINED | {"net": {
+        "kind": "kl", "in_channels": shapes[f"{prefix}encoder.conv_in.weight"][1],
+        "out_channels": shapes[f"{prefix}decoder.conv_out.weight"][0],
+        "latent_channels": shapes[f"{prefix}decoder.conv_in.weight"][1],
+        "channels": [shapes[f"{prefix}encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
+        "blocks": _count(shapes, f"{prefix}encoder.down.0.block.{{}}.conv1.weight"),
+        "groups": GROUPS, "mid_attention": f"{prefix}encoder.mid.attn_1.norm.weight" in shapes, "quant_conv": quant,
+        "scale": usual.scale, "shift": usual.shift, "size": _whole(usual.size, levels),
+    }}
+
+
+def _sayable(config: dict) -> KLConfig:
+    """The codec's network, or ModelError when no public layout can hold it."""
+    if config["net"]["kind"] != "kl":
+        raise ModelError(f"public layouts hold the KL picture codec only, this VAE's network is {config['net']['kind']}")
+    net = KLConfig.parse(config["net"])
+    if net.patch != 1:
+        raise ModelError(f"public layouts have no folding of pixels, this codec has patch {net.patch}",
+                         hint="only a codec with patch 1 can be written")
+    if net.eps != EPS:
+        raise ModelError(f"public layouts have eps {EPS}, this codec has {net.eps}")
+    return net
+
+
+def _original_constants(config: dict) -> dict[str, Tensor]:
+    groups = _sayable(config).groups
+    if groups != GROUPS:
+        raise ModelError(f"the original layout has {GROUPS} groups a normalisation, this codec has {groups}",
+                         hint="write it with --to diffusers")
+    return {}
+
+
+def _diffusers_constants(config: dict) -> dict[str, Tensor]:
+    _sayable(config)
+    return {}
+
+
+def _foreign_config(config: dict) -> dict:
+    net = _sayable(config)
+    levels = len(net.channels)
+    return {
+        "_class_name": "AutoencoderKL", "_diffusers_version": "0.42.1", "sample_size": net.size,
+        "in_channels": net.in_channels, "out_channels": net.out_channels, "latent_channels": net.latent_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": list(net.channels), "layers_per_block": net.blocks, "act_fn": "silu",
+        "norm_num_groups": net.groups, "scaling_factor": net.scale, "shift_factor": net.shift or None,
+        "use_quant_conv": net.quant_conv, "use_post_quant_conv": net.quant_conv,
+        "mid_block_add_attention": net.mid_attention, "force_upcast": True,
+    }
+
+
+def _diffusers(name: str, names: tuple[str, ...], old: bool) -> Layout:
+    return Layout(name, "vae", "net", partial(_diffusers_matches, old=old), _diffusers_config,
+                  partial(_diffusers_table, names=names), _foreign_config, constants=_diffusers_constants)
+
+
+def _original(name: str, prefix: str, drop: tuple[str, ...]) -> Layout:
+    return Layout(name, "vae", "net", partial(_original_matches, prefix=prefix),
+                  partial(_original_config, prefix=prefix), partial(_original_table, prefix=prefix), drop=drop,
+                  constants=_original_constants,
+                  unsaid=lambda shapes, foreign: ("net.scale", "net.shift", "net.size"))
+
+
+# A discriminator and averages may lie beside the codec; of a whole Stable Diffusion file only the codec is taken.
+LAYOUTS: tuple[Layout, ...] = (
+    _diffusers("diffusers", NEW_ATTENTION, old=False),
+    _diffusers("diffusers-2022", OLD_ATTENTION, old=True),
+    _original("original", "", ("loss.*", "model_ema.*")),
+    _original("original-sd", PREFIX, ("[!f]*", f"{PREFIX}loss.*")),
+)

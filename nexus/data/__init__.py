@@ -1,0 +1,1 @@
+"""Data sets: what they hold, how they split, in which order training sees them."""

@@ -1,0 +1,397 @@
+"""Picture sets: the embedded emoji and digits, a user's folder, a user's tar shards.
+
+Letters: B pictures, H W pixels (H = W = size), C channels (1 grey or 3 RGB), N pictures in a set.
+"""
+
+import csv
+import glob
+import hashlib
+import io
+import json
+import os
+import posixpath
+import re
+import tarfile
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Callable, Iterable, Iterator, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from nexus.data import shards
+from nexus.data.split import PAIR_SHARE, fraction, held_out
+from nexus.errors import InputError, UsageError
+
+EMBEDDED = ("emoji", "mnist")
+SPLITS = ("train", "pair", "concept", "all")
+STYLES = ("noto", "twemoji", "flat", "3d")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+# PIL reads dozens of formats; the parsers of the rare ones are attack surface.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+# Looked at; those after .tiff only so that `skipped` says that they are not read.
+EXTENSIONS = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .heic .heif .avif .jxl .jp2 .svg .tga .psd".split()
+MAX_PIXELS = 50_000_000
+MAX_BYTES = 64 * 2**20
+MAX_NOTE_BYTES = 2**20  # a caption file
+MIN_SIDE = 8  # pixels; smaller ones are tracking dots and placeholders
+KEEP_BYTES = 256 * 2**20  # a user's pictures stay in memory, resized, up to this much
+DEFAULT_SIZE = 64
+WHOLE_BELOW = 20  # a user's set with fewer pictures is not split
+
+_ONE_BIG_PICTURE = threading.Lock()  # 50 million pixels need half a gigabyte, so not in eight threads at once
+
+
+class Facts(NamedTuple):
+    """What a set is: a model's config takes its classes and size from here, a run records the digest."""
+
+    classes: tuple[str, ...]  # of the whole set, whatever the split, so labels agree everywhere
+    styles: tuple[str, ...]  # ("",) where the set has none
+    size: int
+    channels: int
+    count: int  # pictures in this split
+    digest: str  # sha256 over names, captions and bytes of this split
+
+
+class ImageSet:
+    """Pictures with captions; labels [N] index facts.classes, style_ids [N] index facts.styles."""
+
+    def __init__(self, facts: Facts, captions: list[str], labels: np.ndarray, style_ids: np.ndarray,
+                 load: Callable[[int], np.ndarray], *, pad: int | None = None,
+                 skipped: Iterable[tuple[str, str]] = ()):
+        self.facts = facts
+        self.captions = captions
+        self.labels = labels
+        self.style_ids = style_ids
+        self.skipped = list(skipped)  # (name, reason) of every picture that was left out
+        self._load = load
+        self._pad = pad  # the background that a shift uncovers; None repeats the edge
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def get(self, i: int) -> np.ndarray:
+        """Picture i -> uint8 [H, W, C]; raises InputError if its file has changed or gone since opening."""
+        return self._load(i)
+
+    def batch(self, indices: list[int], rng: torch.Generator | None = None, *,
+              shift: int = 0, flip: float = 0.0) -> dict:
+        """Pictures as "image" float32 [B, C, H, W] in [-1, 1], with "label", "style", "index" [B], "caption".
+
+        `shift` moves each picture by up to so many pixels both ways, `flip` mirrors it with that
+        probability; both are drawn from `rng` alone. Raises ValueError without one, InputError as `get` does.
+        """
+        if shift < 0 or not 0 <= flip <= 1 or (rng is None and (shift or flip)):
+            raise ValueError(f"expected shift >= 0, 0 <= flip <= 1 and an rng, got {shift}, {flip} and {rng}")
+        images = [self.get(i) for i in indices]
+        if shift:
+            moves = torch.randint(-shift, shift + 1, (len(images), 2), generator=rng).tolist()
+            images = [_shifted(x, dy, dx, self._pad) for x, (dy, dx) in zip(images, moves)]
+        if flip:
+            mirrored = (torch.rand(len(images), generator=rng) < flip).tolist()
+            images = [x[:, ::-1] if m else x for x, m in zip(images, mirrored)]
+        stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        return {"image": (stack.float() / 127.5 - 1).contiguous(), **self.labels_of(indices)}
+
+    def labels_of(self, indices: list[int]) -> dict:
+        """What `batch` says of pictures besides their pixels: "label", "style", "index" [B] and "caption"."""
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        label, style = torch.from_numpy(self.labels)[index], torch.from_numpy(self.style_ids)[index]
+        caption = [self.captions[i] for i in indices]
+        return {"label": label, "style": style, "caption": caption, "index": index}
+
+
+def _shifted(x: np.ndarray, dy: int, dx: int, pad: int | None) -> np.ndarray:
+    """x [H, W, C] moved down by dy and right by dx pixels."""
+    reach = max(abs(dy), abs(dx))
+    margins = ((reach, reach), (reach, reach), (0, 0))
+    wide = np.pad(x, margins, "edge") if pad is None else np.pad(x, margins, constant_values=pad)
+    return wide[reach - dy:reach - dy + x.shape[0], reach - dx:reach - dx + x.shape[1]]
+
+
+def open_images(spec: str, *, size: int | None = None, channels: int | None = None,
+                split: str = "train") -> ImageSet:
+    """Opens "emoji", "mnist", a folder, or a .tar (or a glob of them) as pictures of size x size pixels.
+
+    Without `size` and `channels`: as packed (emoji 64 RGB, mnist 28 grey), else 64 RGB. Raises UsageError for
+    a bad option, InputError when there is nothing to read; single bad pictures land in `.skipped` instead.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"split {split!r} is unknown, expected one of {', '.join(SPLITS)}")
+    if size is not None and not 1 <= size <= 4096:
+        raise UsageError(f"picture size {size} is out of range, expected 1 to 4096 pixels")
+    if channels not in (None, 1, 3):
+        raise UsageError(f"{channels} channels are not possible, expected 1 (grey) or 3 (colour)")
+    if spec in EMBEDDED:
+        return _open_embedded(spec, size, channels, split)
+    return _open_found(spec, *_find(spec), size or DEFAULT_SIZE, channels or 3, split)
+
+
+def _open_embedded(name: str, size: int | None, channels: int | None, split: str) -> ImageSet:
+    pictures, items = shards.read(name)
+    if name == "emoji":
+        part = [held_out(item["caption"], item["style"]) for item in items]
+        classes, styles, pad = tuple(sorted({item["caption"] for item in items})), STYLES, 255
+    else:
+        part = ["pair" if item["split"] == "test" else "train" for item in items]
+        classes, styles, pad = DIGITS, ("",), 0
+    chosen = [i for i, p in enumerate(part) if split in (p, "all")]
+    if not chosen:
+        raise InputError(f"{name} has no {split!r} split", hint="use train, pair or all")
+    digest = hashlib.sha256()
+    for i in chosen:
+        digest.update(json.dumps(items[i], sort_keys=True).encode() + pictures[i].tobytes())
+    size, channels = size or pictures.shape[1], channels or pictures.shape[3]
+    kept = pictures[chosen]
+    if (size, channels) != (pictures.shape[1], pictures.shape[3]):
+        kept = np.stack([_fit(Image.fromarray(x.squeeze()), size, channels) for x in kept])
+    captions = [items[i]["caption"] for i in chosen]
+    labels = _positions(captions, classes)
+    style_ids = _positions([items[i].get("style", "") for i in chosen], styles)
+    facts = Facts(classes, styles, size, channels, len(chosen), digest.hexdigest())
+    return ImageSet(facts, captions, labels, style_ids, kept.__getitem__, pad=pad)
+
+
+def _positions(values: list[str], table: tuple[str, ...]) -> np.ndarray:
+    places = {value: i for i, value in enumerate(table)}
+    return np.array([places[value] for value in values], np.int64)
+
+
+class _Place(NamedTuple):
+    """Where a file lies: the bytes of a file, or of a member of a tar."""
+
+    path: str
+    start: int
+    length: int
+
+    def read(self) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            return file.read(self.length)
+
+
+class _Picture(NamedTuple):
+    """A picture file and what is known of it."""
+
+    name: str
+    caption: str
+    style: str
+    group: str  # its class
+    place: _Place
+
+
+def _open_found(spec: str, pictures: list[_Picture], skipped: list[tuple[str, str]],
+                size: int, channels: int, split: str) -> ImageSet:
+    # The set must not depend on the order in which a disk or tar lists it.
+    pictures.sort()
+    good, kept, digests = [], [], []
+    check = partial(_check, size=size, channels=channels)
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter("ignore")  # PIL warns of big pictures and odd metadata; `skipped` says it all
+        for picture, (image, outcome) in zip(pictures, pool.map(check, pictures)):
+            if image is None:
+                skipped.append((picture.name, outcome))
+                continue
+            good.append(picture)
+            digests.append(outcome)
+            kept.append(image if len(kept) * image.nbytes < KEEP_BYTES else None)
+    if not good:
+        first = f"; the first of {len(skipped)} skipped: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+        raise InputError(f"no usable picture in {spec!r}, expected {', '.join(FORMATS)} files{first}",
+                         hint="point to a folder of pictures, or a plain .tar with name.png + name.txt pairs")
+    chosen = _choose([p.name for p in good], split, spec)
+    classes, styles = tuple(sorted({p.group for p in good})), tuple(sorted({p.style for p in good}))
+    digest = hashlib.sha256()
+    for i in chosen:
+        digest.update(json.dumps([*good[i][:4], digests[i]]).encode())
+    good, kept, digests = ([column[i] for i in chosen] for column in (good, kept, digests))
+    facts = Facts(classes, styles, size, channels, len(good), digest.hexdigest())
+    load = partial(_load, good, kept, digests, size, channels)
+    return ImageSet(facts, [p.caption for p in good], _positions([p.group for p in good], classes),
+                    _positions([p.style for p in good], styles), load, skipped=skipped)
+
+
+def _choose(names: list[str], split: str, spec: str) -> list[int]:
+    """Positions of the pictures in this split: a hashed tenth is "pair", the rest "train"."""
+    everything = list(range(len(names)))
+    if split == "all" or len(names) < WHOLE_BELOW:
+        return everything
+    if split == "concept":
+        raise InputError(f"{spec!r} has no 'concept' split", hint="use train, pair or all")
+    ranks = [fraction("file", name) for name in names]
+    bound = max(PAIR_SHARE, min(ranks) + 2**-48)  # at least one picture, however the hash falls
+    return [i for i in everything if (ranks[i] < bound) == (split == "pair")]
+
+
+def _check(picture: _Picture, *, size: int, channels: int) -> tuple[np.ndarray | None, str]:
+    """(picture uint8 [H, W, C], sha256 of its bytes), or (None, why it cannot be used)."""
+    try:
+        if picture.place.length > MAX_BYTES:
+            return None, f"{picture.place.length} bytes, more than the {MAX_BYTES} allowed"
+        data = picture.place.read()
+        return _decode(data, size, channels), hashlib.sha256(data).hexdigest()
+    except UnidentifiedImageError:
+        return None, f"not a {', '.join(FORMATS)} picture"
+    except Exception as error:  # a damaged picture makes PIL raise nearly anything; the reason is kept
+        return None, " ".join(str(error).split()) or type(error).__name__
+
+
+def _load(pictures: list[_Picture], kept: list[np.ndarray | None], digests: list[str],
+          size: int, channels: int, i: int) -> np.ndarray:
+    if kept[i] is not None:
+        return kept[i]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said once, at opening
+        image, outcome = _check(pictures[i], size=size, channels=channels)
+    if image is None or outcome != digests[i]:
+        reason = outcome if image is None else "its bytes changed"
+        raise InputError(f"picture {pictures[i].name!r} is not what it was when the set was opened: {reason}",
+                         hint="keep the data set unchanged while a run reads it")
+    return image
+
+
+def _decode(data: bytes, size: int, channels: int) -> np.ndarray:
+    """Picture file -> uint8 [size, size, channels], first frame, upright, on white; raises as PIL does."""
+    if not data:
+        raise ValueError("empty file")
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        pixels = image.width * image.height
+        if pixels > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, more than the {MAX_PIXELS} allowed")
+        if min(image.size) < MIN_SIDE:
+            raise ValueError(f"{image.width}x{image.height} pixels, fewer than {MIN_SIDE} on a side")
+        with _ONE_BIG_PICTURE if pixels > MAX_PIXELS // 4 else nullcontext():
+            image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded smaller, up to 8 times faster
+            return _fit(_opaque(ImageOps.exif_transpose(image)), size, channels)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Any PIL mode -> L or RGB, alpha composited on white."""
+    if image.mode.startswith("I"):  # 16 bits: the upper byte, since convert() would clip at 255
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels are not supported, expected 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(image, mask=image.getchannel("A"))
+        return canvas
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def _fit(image: Image.Image, size: int, channels: int) -> np.ndarray:
+    """Centre crop to a square, antialiased resize -> uint8 [size, size, channels]."""
+    image = image.convert("L" if channels == 1 else "RGB")
+    return np.array(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)).reshape(size, size, channels)
+
+
+def _find(spec: str) -> tuple[list[_Picture], list[tuple[str, str]]]:
+    """All picture files of a folder, a tar or a glob of tars, and (name, reason) of what cannot be used."""
+    path = os.path.expanduser(spec)
+    pictures, skipped = [], []
+    if os.path.isdir(path):
+        _describe(_walk(path, skipped), "", pictures, skipped)
+    elif tars := [path] if os.path.isfile(path) else sorted(glob.glob(path)):
+        for tar in tars:
+            _describe(_members(tar, skipped), os.path.basename(tar) + ":", pictures, skipped)
+    else:
+        raise InputError(f"data {spec!r} does not exist, expected emoji, mnist, a folder or a .tar",
+                         hint="check the spelling; a path is relative to the current directory")
+    return pictures, skipped
+
+
+def _walk(root: str, skipped: list[tuple[str, str]]) -> dict[str, _Place]:
+    """Files below a folder by relative name; hidden ones are not looked at, links to folders not followed."""
+    places = {}
+    unreadable = lambda error: skipped.append((error.filename, error.strerror))  # noqa: E731
+    for folder, subfolders, files in os.walk(root, onerror=unreadable):
+        here = Path(folder).relative_to(root)
+        skipped += [((here / name).as_posix(), "a link to a folder, links are not followed")
+                    for name in subfolders if os.path.islink(os.path.join(folder, name))]
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in files:
+            path = os.path.join(folder, name)
+            if os.path.isfile(path):  # a pipe would block, a dangling link has no size
+                places[(here / name).as_posix()] = _Place(path, 0, os.path.getsize(path))
+            else:
+                skipped.append(((here / name).as_posix(), "not a regular file"))
+    return {name: place for name, place in places.items() if not PurePosixPath(name).name.startswith(".")}
+
+
+def _members(path: str, skipped: list[tuple[str, str]]) -> dict[str, _Place]:
+    """Files in a tar by name; nothing is extracted, so names are labels and never paths."""
+    places = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isreg() and not member.issparse():
+                    places[member.name] = _Place(path, member.offset_data, member.size)
+                elif not member.isdir():
+                    skipped.append((member.name, "not a regular file"))
+    except (tarfile.TarError, OSError) as error:
+        if not places:
+            raise InputError(f"{path!r} cannot be read as a .tar: {error}",
+                             hint="expected an uncompressed .tar of name.png + name.txt pairs") from None
+        skipped.append((path, f"damaged after {len(places)} members: {error}"))
+    return places
+
+
+def _describe(places: dict[str, _Place], prefix: str, pictures: list[_Picture],
+              skipped: list[tuple[str, str]]) -> None:
+    """Adds each picture with its caption: metadata row, else name.txt, name.json, else its folder's name."""
+    rows = {}
+    for name, place in places.items():
+        if PurePosixPath(name).name in ("metadata.jsonl", "metadata.csv"):
+            rows.update(_metadata(prefix + name, name, place))
+    for name in sorted(rows.keys() - places.keys()):
+        skipped.append((prefix + name, "named in the metadata but not there"))
+    for name, place in places.items():
+        stem, extension = os.path.splitext(name)
+        if extension.lower() not in EXTENSIONS:
+            continue
+        try:
+            note = {}
+            for beside in (".json", ".txt"):
+                if stem + beside in places:
+                    note |= _note(places[stem + beside], beside)
+            folder = PurePosixPath(name).parent.name
+            note |= rows.get(name, {})
+            caption = " ".join(note.get("text", note.get("caption", re.sub("[-_]", " ", folder))).split())
+            known = prefix + name, caption, note.get("style", ""), note.get("class", "")
+            "".join(known).encode()  # a number or an invalid character ends here, not in a checkpoint
+            pictures.append(_Picture(*known[:3], known[3] or folder or caption, place))
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"its name, caption, style or class is not readable text: {error}"
+            skipped.append(((prefix + name).encode(errors="replace").decode(), reason))
+
+
+def _note(place: _Place, extension: str) -> dict:
+    """What the .txt or .json beside a picture says of it; raises ValueError."""
+    if place.length > MAX_NOTE_BYTES:
+        raise ValueError(f"{place.length} bytes of caption, more than the {MAX_NOTE_BYTES} allowed")
+    text = place.read().decode("utf-8-sig")
+    return {"text": text} if extension == ".txt" else dict(json.loads(text))
+
+
+def _metadata(shown: str, name: str, place: _Place) -> Iterator[tuple[str, dict]]:
+    """(picture name, note) per row of metadata.jsonl or metadata.csv; raises InputError naming the row."""
+    line = 0
+    try:
+        lines = io.StringIO(place.read().decode("utf-8-sig"), newline="")
+        rows = csv.DictReader(lines) if name.endswith(".csv") else map(json.loads, filter(str.strip, lines))
+        for line, row in enumerate(rows, start=1):
+            note = {"text": row.get("text", row.get("caption"))}
+            note |= {key: row[key] for key in ("style", "class") if key in row}
+            picture = row["file_name"]
+            if not all(isinstance(value, str) for value in (picture, *note.values())):
+                raise ValueError("expected text in file_name, text, style and class")
+            yield posixpath.normpath(posixpath.join(posixpath.dirname(name), picture)), note
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, csv.Error, RecursionError) as error:
+        raise InputError(f"{shown} cannot be read after row {line}: {error!r}",
+                         hint="expected file_name and text (or caption) in every row, as UTF-8") from None

@@ -1,0 +1,70 @@
+"""What the numbers on a set of generated pictures are: distances, overlap, captions, and real pictures as a yardstick.
+
+All take features [N, D]; the names are those of the report.
+"""
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from nexus.evaluate import captions
+from nexus.evaluate.bootstrap import mean_interval, normal_interval
+from nexus.evaluate.frechet import frechet
+from nexus.evaluate.kernel import kid
+from nexus.evaluate.manifold import density_coverage, distances, precision_recall
+from nexus.rng import generator
+
+FRECHET_FROM = 2000     # pictures in each set: below, the covariance of 1,280 features is too poorly known
+MANIFOLD_FROM = 6       # more than the 5 neighbours of density
+NEAR = 0.05             # share of real held-out pictures that count as near a training picture
+
+Numbers = dict[str, float | dict[str, float]]
+
+
+def compare(real: Tensor, made: Tensor, seed: int) -> Numbers:
+    """Kernel distance, Frechet distance (large sets only), precision, recall, density and coverage."""
+    found: Numbers = {"kid": normal_interval(*kid(real, made))}
+    if min(len(real), len(made)) >= FRECHET_FROM:
+        found["frechet"] = frechet(real, made)
+    if min(len(real), len(made)) >= MANIFOLD_FROM:
+        values = (*precision_recall(real, made), *density_coverage(real, made))
+        for name, each in zip(("precision", "recall", "density", "coverage"), values, strict=True):
+            found[name] = mean_interval(each, seed)
+    return found
+
+
+def yardstick(real: Tensor, style_ids: Tensor, styles: tuple[str, ...], seed: int) -> Numbers:
+    """The kernel distance of real pictures from real ones: two random halves, and each style from each other."""
+    found: Numbers = {}
+    if len(real) >= 6:
+        order = torch.randperm(len(real), generator=generator(seed, "halves"))
+        halves = real[order[:len(real) // 2]], real[order[len(real) // 2:]]
+        found["real kid, two halves"] = normal_interval(*kid(*halves))
+    parts = {name: real[style_ids == i] for i, name in enumerate(styles)}
+    for (name, x), (other, y) in combinations(parts.items(), 2):
+        if min(len(x), len(y)) >= 3:
+            found[f"real kid, {name} from {other}"] = normal_interval(*kid(x, y))
+    return found
+
+
+def caption_scores(probe: captions.Probe, x: Tensor, labels: Tensor, seed: int, prefix: str = "") -> Numbers:
+    """Is the right caption the nearest, or among the nearest five, of all captions."""
+    rank = captions.ranks(probe, x, labels)
+    return {f"{prefix}caption top-{k}": mean_interval((rank < k).double(), seed) for k in (1, 5)}
+
+
+def style_scores(probe: captions.Probe, x: Tensor, style_ids: Tensor, seed: int, prefix: str = "") -> Numbers:
+    """Is the style that the probe sees the one asked for; nothing when the data has one style only."""
+    if probe.styles.weight.shape[1] < 2:
+        return {}
+    return {f"{prefix}style": mean_interval(captions.style_hits(probe, x, style_ids), seed)}
+
+
+def near_copies(train: Tensor, real: Tensor, made: Tensor, seed: int) -> Numbers:
+    """The share of generated pictures nearer to a training picture than all but 5 % of real held-out ones are.
+
+    A model that has learnt the distribution gives about 0.05, one that repeats its training pictures gives 1.
+    """
+    bound = torch.quantile(distances(real, train).amin(1), NEAR)
+    return {"near-copies of training pictures": mean_interval((distances(made, train).amin(1) <= bound).double(), seed)}

@@ -1,0 +1,75 @@
+"""What a trained VAE knows: its bound, its likelihood, its latent directions and their scale."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from nexus.errors import InputError
+from nexus.losses.kl import kl_standard, log_likelihood, log_normal, sample_gaussian
+from nexus.models.cv.vae.vae import VAE
+
+
+@torch.no_grad()
+def elbo(system: VAE, x: Tensor, rng: torch.Generator) -> Tensor:
+    """The evidence lower bound of pictures x [B, C, H, W], one posterior draw each, beta = 1: [B] in nats."""
+    output, mean, logvar = system.rebuild(x, rng)
+    likelihood = log_likelihood(system.config.likelihood, output, x, system.config.spread)
+    return likelihood - kl_standard(mean, logvar).flatten(1).sum(1)
+
+
+@torch.no_grad()
+def iwae_nll(system: VAE, x: Tensor, rng: torch.Generator, k: int | None = None) -> Tensor:
+    """-log p(x) estimated with k importance samples (default: config.iwae_k): [B] in nats. Burda et al. 2016.
+
+    Its expectation falls towards -log p(x) as k grows; k = 1 is minus the bound.
+    """
+    k = k or system.config.iwae_k
+    mean, logvar = (m.float() for m in system.net.encode(x))
+    weights = []
+    for _ in range(k):
+        z = sample_gaussian(mean, logvar, torch.randn(mean.shape, generator=rng).to(mean))
+        output = system.net.decode_raw(z.to(x.dtype)).float()
+        likelihood = log_likelihood(system.config.likelihood, output, x, system.config.spread)
+        weights.append(likelihood + log_normal(z) - log_normal(z, mean, logvar))
+    return math.log(k) - torch.stack(weights).logsumexp(0)
+
+
+@torch.inference_mode()
+def traverse(system: VAE, image: Tensor, dim: int, values: Iterable[float]) -> Tensor:
+    """Pictures [N, C, S, S] in [-1, 1]: image [C, S, S] rebuilt with latent `dim` set to each of `values`.
+
+    For a latent map, `dim` counts its flattened positions. InputError when there is no such latent.
+    """
+    mean, _ = system.net.encode(image[None])
+    count = mean[0].numel()
+    if not 0 <= dim < count:
+        raise InputError(f"there is no latent {dim}", hint=f"latents are 0 to {count - 1}")
+    values = torch.tensor(list(values), dtype=mean.dtype, device=mean.device)
+    z = mean.flatten(1).repeat(len(values), 1)
+    z[:, dim] = values
+    return system.picture(system.net.decode_raw(z.unflatten(1, mean.shape[1:])).float()).clamp(-1, 1)
+
+
+@torch.inference_mode()
+def rebuild(system: VAE, x: Tensor) -> Tensor:
+    """x [B, C, S, S] -> the posterior means' pictures, in [-1, 1]."""
+    return system.picture(system.rebuild(x, None)[0]).clamp(-1, 1)
+
+
+@torch.inference_mode()
+def latent_statistics(system: VAE, batches: Iterable[dict]) -> dict[str, float]:
+    """The `scale` and `shift` that give the codec's posterior means zero mean and unit deviation over `batches`.
+
+    Put them in the configuration (`net.scale`, `net.shift`): latents = (z - shift) * scale.
+    InputError without batches.
+    """
+    count, total, square = 0, 0.0, 0.0
+    for batch in batches:
+        z = system.net.encode(batch["image"])[0].double()
+        count, total, square = count + z.numel(), total + z.sum().item(), square + z.square().sum().item()
+    if not count:
+        raise InputError("latent statistics need at least one batch", hint="is the data set empty?")
+    mean = total / count
+    return {"scale": 1 / math.sqrt(max(square / count - mean**2, 1e-12)), "shift": mean}

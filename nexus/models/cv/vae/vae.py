@@ -1,0 +1,176 @@
+"""Variational autoencoders: VAE, beta-VAE and the KL picture codec of latent diffusion, as one system."""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pydantic import Field
+from torch import Tensor, nn
+
+from nexus.codecs.kl_image import KLConfig
+from nexus.config import Config
+from nexus.images import read_image
+from nexus.losses.kl import free_bits, kl_standard, log_likelihood, ramp, sample_gaussian
+from nexus.losses.perceptual import edge_distance
+from nexus.media import Media
+from nexus.models.cv.vae.flat import ConvVAEConfig, MLPVAEConfig
+from nexus.phase import Phase
+from nexus.requests import SampleRequest
+from nexus.rng import ItemNoise
+
+_CODEC = {"likelihood": "laplace", "beta": 1e-6, "per_value": True, "edge_weight": 0.5}
+
+
+class VAEConfig(Config):
+    """A network and the evidence lower bound it is trained on.
+
+    The loss is -log p(x|z) summed over pixels + beta * KL summed over latents, averaged over the batch.
+    spread: standard deviation (gaussian) or scale (laplace) of a pixel around the output, in units of [-1, 1].
+    kl_warmup_steps: beta rises from 0 over these. free_bits: nats each latent may hold at no cost.
+    capacity: nats; when set, the cost is beta * |KL - C|, C rising from 0 to it over capacity_steps (Burgess 2018).
+    l1_weight, l2_weight, edge_weight: further reconstruction terms, each a mean over values times their number.
+    per_value: the loss is divided by the number of values in a picture, so a gradient clip means the same at any size.
+    iwae_k: importance samples when the likelihood is estimated (Burda et al. 2016).
+    """
+
+    presets: ClassVar[dict[str, dict]] = {
+        "tiny": {"net": {"kind": "conv", "size": 16, "widths": (8, 8), "hidden": 16, "latents": 4},
+                 "likelihood": "bernoulli"},
+        "tiny-codec": _CODEC | {"net": KLConfig.presets["tiny"] | {"kind": "kl"}},
+        "picture-codec": _CODEC | {"net": KLConfig.presets["picture-codec"] | {"kind": "kl"}},
+        "mlp-500": {"net": {"kind": "mlp"}, "likelihood": "bernoulli"},
+        "beta-vae": {"net": {"kind": "conv", "size": 28, "widths": (32, 64)}, "likelihood": "bernoulli", "beta": 4.0},
+        "beta-vae-capacity": {"net": {"kind": "conv", "size": 28, "widths": (32, 64)}, "likelihood": "bernoulli",
+                              "beta": 30.0, "capacity": 25.0, "capacity_steps": 5000},
+        "beta-vae-dsprites": {"net": {"kind": "conv"}, "likelihood": "bernoulli", "beta": 4.0},
+        "beta-vae-emoji": {"net": {"kind": "conv", "channels": 3, "widths": (32, 64, 64, 128), "latents": 32},
+                           "likelihood": "gaussian", "spread": 0.3, "beta": 4.0, "kl_warmup_steps": 500},
+        **{name: _CODEC | {"net": KLConfig.presets[name] | {"kind": "kl"}}
+           for name in ("sd-f8", "sdxl-f8", "sd3", "flux")},
+    }
+    default_preset: ClassVar[str] = "picture-codec"
+    recipes: ClassVar[dict[str, dict]] = {
+        "tiny": {"steps": 20, "batch_size": 4},
+        "picture-codec": {"steps": 6000, "batch_size": 32, "lr": 5e-4, "warmup": 100, "schedule": "cosine",
+                          "final_lr": 0.02, "precision": "bfloat16", "ema": 0.995, "save_every": 250, "flip": 0.5,
+                          "shift": 4},
+        "beta-vae": {"steps": 4000, "batch_size": 64, "lr": 1e-3, "schedule": "cosine", "ema": 0.995},
+    }
+    net: Annotated[KLConfig | ConvVAEConfig | MLPVAEConfig, Field(discriminator="kind")] = MLPVAEConfig()
+    likelihood: Literal["gaussian", "bernoulli", "laplace"] = "bernoulli"
+    spread: float = Field(1.0, gt=0)
+    beta: float = Field(1.0, ge=0)
+    kl_warmup_steps: int = Field(0, ge=0)
+    free_bits: float = Field(0.0, ge=0)
+    capacity: float | None = Field(None, ge=0)
+    capacity_steps: int = Field(0, ge=0)
+    l1_weight: float = Field(0.0, ge=0)
+    l2_weight: float = Field(0.0, ge=0)
+    edge_weight: float = Field(0.0, ge=0)
+    per_value: bool = False
+    iwae_k: int = Field(50, ge=1)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures it is trained on, in pixels."""
+        return self.net.size
+
+    @property
+    def image_channels(self) -> int:
+        """Colour channels of the pictures."""
+        return self.net.in_channels if isinstance(self.net, KLConfig) else self.net.channels
+
+    def adapt(self, facts: Any) -> "VAEConfig":
+        """This system for pictures of facts.size pixels and facts.channels colours."""
+        return self.model_copy(update={"net": self.net.fitted(facts.size, facts.channels)})
+
+    def build(self) -> "VAE":
+        return VAE(self)
+
+
+class VAE(nn.Module):
+    """One network, one phase; `generate` decodes draws of the prior, or rebuilds the request's picture."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.external: dict[str, str] = {}
+        self.net = config.net.build()
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Encoder and decoder together."""
+        return (Phase("vae", self.net, self.loss),)
+
+    def loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
+        """The training loss at `step`, with `distortion` and `rate` (nats a picture) and `psnr` (dB) to log."""
+        x, c = batch["image"], self.config
+        output, mean, logvar = self.rebuild(x, rng)
+        distortion = -log_likelihood(c.likelihood, output, x, c.spread).mean()
+        kl = kl_standard(mean, logvar)
+        shown = self.picture(output)
+        values = math.prod(x.shape[1:])
+        loss = distortion + values * self._extra(shown, x) + rate_cost(c, kl, step)
+        logged = {"distortion": distortion, "rate": kl.flatten(1).sum(1).mean(), "psnr": psnr(shown, x)}
+        return {"loss": loss / values if c.per_value else loss} | {k: v.detach() for k, v in logged.items()}
+
+    def rebuild(self, x: Tensor, rng: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x -> (decoder output, mean, log variance); with rng None the posterior's mean is decoded."""
+        mean, logvar = (m.float() for m in self.net.encode(x))
+        z = mean if rng is None else sample_gaussian(mean, logvar, _noise(mean, rng))
+        return self.net.decode_raw(z.to(x.dtype)).float(), mean, logvar
+
+    def picture(self, output: Tensor) -> Tensor:
+        """What the decoder says -> the expected picture, in [-1, 1] but for overshoot."""
+        return 2 * output.sigmoid() - 1 if self.config.likelihood == "bernoulli" else output
+
+    def _extra(self, shown: Tensor, x: Tensor) -> Tensor | float:
+        c = self.config
+        terms = ((c.l1_weight, lambda: (shown - x).abs().mean()), (c.l2_weight, lambda: (shown - x).square().mean()),
+                 (c.edge_weight, lambda: edge_distance(shown, x)))
+        return sum(weight * term() for weight, term in terms if weight)
+
+    @torch.inference_mode()
+    def generate(self, request: SampleRequest, *, seeds: list[int],
+                 watch: Callable[..., Any] | None = None) -> Media:
+        """One picture a seed: a decoded draw of the prior, or a posterior draw of the request's picture."""
+        weight = next(self.net.parameters())
+        noise = ItemNoise(seeds).draw(self.config.net.latent_shape).to(weight)
+        if request.image is None:
+            output = self.net.decode(noise)
+        else:
+            x = read_picture(request.image, self.config.image_size, self.config.image_channels).to(weight)
+            mean, logvar = self.net.encode(x)
+            output = self.net.decode_raw(sample_gaussian(mean, logvar, noise))
+        shown = self.picture(output.float()).clamp(-1, 1)
+        if watch is not None:
+            watch(1, 1, shown)
+        return Media("image", shown)
+
+
+def rate_cost(config: VAEConfig, kl: Tensor, step: int) -> Tensor:
+    """What the KL [B, ...] of every latent costs at `step`, in nats: beta, its warm-up, free bits and capacity."""
+    rate = free_bits(kl, config.free_bits)
+    if config.capacity is not None:
+        rate = (rate - ramp(step, config.capacity_steps, config.capacity)).abs()
+    return ramp(step, config.kl_warmup_steps, config.beta) * rate
+
+
+def psnr(shown: Tensor, x: Tensor) -> Tensor:
+    """Peak signal to noise ratio of pictures [B, C, H, W] in [-1, 1], in dB, averaged over the batch."""
+    error = (shown.clamp(-1, 1) - x).square().flatten(1).mean(1).clamp_min(1e-10)
+    return (10 * torch.log10(4.0 / error)).mean()
+
+
+def read_picture(path: str, size: int, channels: int) -> Tensor:
+    """A picture file -> [1, channels, size, size] in [-1, 1]: its middle square. InputError when it cannot be read."""
+    array = read_image(path, mode="L" if channels == 1 else "RGB")
+    picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    fitted = np.array(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)).reshape(size, size, -1)
+    return torch.from_numpy(fitted).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def _noise(like: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=rng).to(like)

@@ -1,0 +1,293 @@
+"""The shape that DDPM, DiT, Stable Diffusion, FLUX, PixArt and flow matching share: a network on a path."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from nexus.codecs.kl_image import KLConfig
+from nexus.config import Config
+from nexus.errors import InputError, UsageError
+from nexus.media import Media
+from nexus.phase import Phase
+from nexus.process import coupling, guidance, samplers
+from nexus.process.likelihood import hybrid_vlb
+from nexus.process.paths import AnyPath, DiscretePath
+from nexus.process.predictions import (
+    Estimate,
+    clipped,
+    estimator,
+    masked,
+    noised,
+    over,
+    paste,
+    target,
+    with_x0,
+    x0_of,
+    x0_part,
+)
+from nexus.process.schedules import Grid, grid, tail
+from nexus.process.sources import read_known, read_noise
+from nexus.requests import SampleRequest
+from nexus.rng import ItemNoise
+from nexus.text.conditioner import LabelCondConfig, NoCondConfig, TextCondConfig, dropped, joined
+
+
+DEFAULT_STRENGTH = 0.6
+
+
+class CodecConfig(Config):
+    """The latent space of a system. weights: a model whose network is the codec, or None = in the same checkpoint."""
+
+    net: KLConfig
+    weights: str | None = None
+
+
+SHARED_CODEC = {"net": KLConfig.presets["picture-codec"], "weights": "picture-codec"}
+
+
+class DiffusionConfig(Config):
+    """What every diffusion system is made of; each system narrows `net` and gives its own defaults.
+
+    prediction: what the network outputs. learned_variance: it also outputs where the variance lies (iDDPM).
+    p_uncond: share of training items whose condition is dropped. min_snr: caps the loss weight of clean times
+    (Hang et al. 2023); 0 = off. pairing: how data and noise are matched in a batch. clip: x0 is kept in [-1, 1].
+    steps, guidance, sampler, schedule: what sampling does unless the request says otherwise.
+    size: side of what the network denoises, in its own pixels, where there is no codec.
+    guided_channels: guidance acts on the first so many channels only (DiT: 3); None = all.
+    """
+
+    net: Any
+    size: int = Field(32, ge=1)
+    path: AnyPath = DiscretePath()
+    prediction: Literal["eps", "x0", "v", "flow"] = "eps"
+    conditioner: LabelCondConfig | TextCondConfig | NoCondConfig = Field(NoCondConfig(), discriminator="kind")
+    codec: CodecConfig | None = None
+    learned_variance: bool = False
+    variance: Literal["small", "large"] = "small"
+    p_uncond: float = Field(0.1, ge=0, le=1)
+    min_snr: float = Field(0.0, ge=0)
+    pairing: Literal["none", "exact", "sinkhorn"] = "none"
+    clip: bool = False
+    steps: int = Field(50, ge=1)
+    guidance: float = Field(1.0, ge=0)
+    guided_channels: int | None = None
+    sampler: Literal[tuple(samplers.SAMPLERS)] = "ddim"
+    schedule: Literal["native", "linear", "karras", "exponential", "log-snr", "shifted"] = "native"
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what the network denoises."""
+        return self.codec.net.latent_shape if self.codec else (self.net.in_channels, self.size, self.size)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures it is trained on, in pixels."""
+        return self.codec.net.size if self.codec else self.size
+
+    @property
+    def image_channels(self) -> int:
+        """Colour channels of the pictures."""
+        return self.codec.net.in_channels if self.codec else self.net.in_channels
+
+    def adapt(self, facts: Any) -> Config:
+        """A copy fitted to a data set: its class and style names, and the network's tables for them."""
+        styles = tuple(s for s in facts.styles if s)
+        conditioner = self.conditioner.adapt(facts.classes, styles)
+        fitted = self.model_copy(update={"conditioner": conditioner})
+        return fitted.model_copy(update={"net": fitted.net.model_copy(update=fitted.net_facts())})
+
+    def net_facts(self) -> dict:
+        """Fields of the network that follow from the conditioner."""
+        c = self.conditioner
+        if isinstance(c, LabelCondConfig) and c.classes:
+            return {"num_classes": len(c.classes), "num_styles": len(c.styles), "null_class": True}
+        if isinstance(c, TextCondConfig):
+            return {"context_dim": c.encoder.dim, "pooled_dim": c.encoder.dim}
+        return {}
+
+    def build(self) -> "Diffusion":
+        """The system with its initial weights; an external codec is attached by the loader."""
+        return Diffusion(self)
+
+
+class Run(NamedTuple):
+    """One call of generate: its items' noise, its grid, and what is known of the result."""
+
+    noise: ItemNoise
+    grid: Grid
+    start: Tensor
+    mask: Tensor | None
+    known: Tensor | None
+    pixels: tuple[Tensor, Tensor] | None
+
+
+class Diffusion(nn.Module):
+    """A network on a path, between an optional codec and an optional conditioner."""
+
+    def __init__(self, config: DiffusionConfig):
+        super().__init__()
+        self.config = config
+        self.net: nn.Module = config.net.build()
+        self.conditioner = config.conditioner.build()
+        self.codec = config.codec.net.build().requires_grad_(False) if config.codec else None
+        self.external = {"codec": config.codec.weights} if config.codec and config.codec.weights else {}
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The network, together with a conditioner that has weights."""
+        trained = self.net if self.conditioner is None else nn.ModuleDict({"net": self.net, "cond": self.conditioner})
+        return (Phase("denoise", trained, self.loss),)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Pictures [B, C, H, W] in [-1, 1] -> what the network denoises."""
+        return x if self.codec is None else self.codec.latents(x.to(next(self.codec.parameters()).dtype)).float()
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The inverse of `encode`, clipped to [-1, 1]."""
+        if self.codec is not None:
+            z = self.codec.decode(z.to(next(self.codec.parameters()).dtype))
+        return z.float().clamp(-1, 1)
+
+    def loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
+        """Mean squared error of the prediction; with a learned variance, iDDPM's hybrid loss."""
+        c = self.config
+        with torch.no_grad():
+            x0 = batch["latent"] if "latent" in batch else self.encode(batch["image"])
+        t = c.path.sample_t(len(x0), rng)
+        eps = torch.randn(x0.shape, generator=rng).to(x0)
+        if c.pairing != "none":
+            eps = eps[coupling.pairing(x0, eps, method=c.pairing, rng=rng).to(eps.device)]
+        drop = torch.rand(len(x0), generator=rng) < c.p_uncond
+        x, t = noised(c.path, x0, eps, t), t.to(x0.device)
+        out = self.net(x, c.path.network_time(t), self._training_cond(batch, drop, rng)).float()
+        mean, fraction = (out.chunk(2, 1)) if c.learned_variance else (out, None)
+        error = (mean - target(c.path, c.prediction, x0, eps, t)).square().flatten(1).mean(1)
+        values = {"loss": (error * self._weight(t)).mean()}
+        if c.learned_variance:
+            vlb = hybrid_vlb(c.path, x0, t, x0_of(c.path, c.prediction, mean, x, t), (fraction + 1) / 2)
+            values = {"loss": values["loss"] + vlb.mean(), "mse": values["loss"], "vlb": vlb.mean()}
+        return values
+
+    def _weight(self, t: Tensor) -> Tensor | float:
+        """Min-SNR weights, expressed for the prediction at hand. Hang et al. 2023, section 3.4."""
+        c = self.config
+        if not c.min_snr:
+            return 1.0
+        alpha, sigma = c.path.at(t)
+        snr = (alpha / sigma).square()
+        capped = snr.clamp(max=c.min_snr)
+        return {"x0": capped, "eps": capped / snr, "v": capped / (snr + 1), "flow": capped / snr}[c.prediction]
+
+    def _training_cond(self, batch: dict, drop: Tensor, rng: torch.Generator) -> dict | None:
+        if self.conditioner is None:
+            return None
+        cond = self.conditioner.training_cond(batch, rng)
+        drop = drop.to(next(iter(cond.values())).device)
+        return dropped(cond, self.conditioner.null(len(drop), drop.device), drop)
+
+    def used_settings(self, request: SampleRequest) -> dict:
+        """What a request's open settings become with this model."""
+        c = self.config
+        used = {"steps": c.steps, "sampler": c.sampler, "schedule": c.schedule}
+        if self.conditioner is not None:
+            used["guidance"] = c.guidance
+        return {name: value for name, value in used.items() if getattr(request, name) is None}
+
+    @torch.no_grad()
+    def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
+        """One picture a seed. Raises InputError or UsageError for what this model cannot do."""
+        c, device = self.config, next(self.net.parameters()).device
+        if request.prompt is not None and self.conditioner is None:
+            raise InputError("this model is unconditional: it takes no prompt", hint="leave --prompt out")
+        run = self._prepare(request, seeds, device)
+        if run.grid.steps == 0:
+            return Media("image", self._finish(run.start, run))
+        denoise, notes = self._denoiser(request, run.grid, len(seeds), device)
+        if run.mask is not None:
+            denoise = masked(denoise, run.mask, run.known)
+        seen = None
+        if watch is not None:
+            def seen(i: int, x: Tensor, x0: Tensor) -> None:
+                watch(i, run.grid.steps, x0, self.decode)
+        options = {"variance": c.variance} if (request.sampler or c.sampler) == "ddpm" else {}
+        x = samplers.sample(request.sampler or c.sampler, denoise, run.start, run.grid, eta=request.eta,
+                            noise=run.noise, watch=seen, **options)
+        return Media("image", self._finish(x, run), notes)
+
+    def _prepare(self, request: SampleRequest, seeds: list[int], device: torch.device) -> Run:
+        c = self.config
+        shape = self._shape(request)
+        noise = ItemNoise(seeds)
+        drawn = noise.draw(shape) if request.initial_noise is None else read_noise(request.initial_noise, shape, seeds)
+        drawn = drawn.to(device)
+        steps, schedule = request.steps or c.steps, request.schedule or c.schedule
+        points = grid(c.path, c.path.times(steps, schedule=schedule, shape=shape))
+        known = read_known(request, shape, self.config, device)
+        if known is None:
+            return Run(noise, points, float(points.sigma[0]) * drawn, None, None, None)
+        x0 = self.encode(known.picture).expand(len(seeds), *shape)
+        usual = DEFAULT_STRENGTH if known.mask is None else 1.0     # a hole is filled from pure noise
+        points = tail(points, usual if request.strength is None else request.strength)
+        start = x0 if points.steps == 0 else float(points.alpha[0]) * x0 + float(points.sigma[0]) * drawn
+        if known.mask is None:
+            return Run(noise, points, start, None, None, None)
+        small = F.adaptive_max_pool2d(known.mask.float(), shape[1:]).bool()
+        return Run(noise, points, start, small, x0, (known.mask, known.picture))
+
+    def _finish(self, x: Tensor, run: Run) -> Tensor:
+        """Latents -> pictures; outside an inpainting mask the user's own pixels."""
+        if run.mask is not None:
+            x = paste(x, run.mask, run.known)
+        shown = self.decode(x)
+        return shown if run.pixels is None else paste(shown, *run.pixels)
+
+    def _shape(self, request: SampleRequest) -> tuple[int, int, int]:
+        """The latent shape of the asked-for size; UsageError when the codec or network cannot make it."""
+        channels, rows, cols = self.config.latent_shape
+        factor = self.config.codec.net.factor if self.config.codec else 1
+        multiple = factor * self.config.net.multiple
+        for name, side in (("width", request.width), ("height", request.height)):
+            if side is not None and side % multiple:
+                near = max(multiple, round(side / multiple) * multiple)
+                raise UsageError(f"{name} {side}: this model makes multiples of {multiple}", hint=f"for example {near}")
+        return channels, (request.height or rows * factor) // factor, (request.width or cols * factor) // factor
+
+    def _denoiser(self, request: SampleRequest, points: Grid, n: int, device: torch.device):
+        """denoise(x, t) with guidance, from one network call a step; and each item's notes."""
+        c = self.config
+        shared = {"learned_variance": c.learned_variance, "dtype": next(self.net.parameters()).dtype}
+        cond, notes, scale = None, (), 1.0
+        if self.conditioner is not None:
+            scale = c.guidance if request.guidance is None else request.guidance
+            cond, notes = self.conditioner.prompts([request.prompt] * n, device)
+        if request.prompt is None or scale == 1:
+            alone = estimator(self.net, c.path, c.prediction, cond, self._cached(points, cond), **shared)
+            return (clipped(alone) if c.clip else alone), notes
+        other = (self.conditioner.prompts([request.negative_prompt] * n, device)[0] if request.negative_prompt
+                 else self.conditioner.null(n, device))
+        both = joined(cond, other)
+        double = estimator(self.net, c.path, c.prediction, both, self._cached(points, both), **shared)
+        single = estimator(self.net, c.path, c.prediction, cond, self._cached(points, cond), **shared)
+
+        def pair(x: Tensor, t: Tensor):
+            result = double(torch.cat([x, x]), t)
+            x0 = x0_part(result).chunk(2)
+            if not isinstance(result, Estimate):
+                return x0
+            return tuple(Estimate(a, b) for a, b in zip(x0, result.fraction.chunk(2), strict=True))
+        lo, hi = request.guidance_interval
+        active = guidance.during(points, lo, hi) if (lo, hi) != (0.0, 1.0) else None
+        steered = guidance.guided_batch(pair, scale, rescale=request.guidance_rescale, active=active,
+                                        channels=c.guided_channels, cond=single)
+        return (clipped(steered) if c.clip else steered), notes
+
+    def _cached(self, points: Grid, cond: dict | None) -> dict | None:
+        """What the network can compute once for all steps of the run."""
+        prepare = getattr(self.net, "prepare", None)
+        if prepare is None:
+            return None
+        device = next(self.net.parameters()).device
+        return prepare(self.config.path.network_time(points.t[:-1]).to(device, torch.float32), cond)

@@ -1,0 +1,87 @@
+"""Guidance as wrappers of denoisers. It acts on x0; being linear, it equals guidance of eps, v or velocity."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nexus.process.predictions import over, with_x0, x0_part
+from nexus.process.schedules import Grid
+
+
+def guided_batch(denoise_pair, scale, *, rescale: float = 0.0, active: Callable | None = None,
+                 channels: int | None = None, cond: Callable | None = None):
+    """Classifier-free guidance. Ho & Salimans 2022.
+
+    denoise_pair(x, t) -> (cond, uncond): x0 estimates (or Estimates, whose cond fraction is kept), usually from one
+    call with a batch of 2B. scale: 1 = cond alone, 0 = uncond; a number or a function of t. rescale in [0, 1]: how far
+    the result's standard deviation an item returns to cond's (Lin et al. 2023, eq. 15-16, here of x0). active(t): where
+    guidance is on (see `during`); elsewhere cond alone, through the cheaper `cond` denoiser if given. channels: guide
+    only the first so many (DiT: 3), the rest is cond's.
+    """
+    def denoise(x, t):
+        on = None if active is None else active(t)
+        if on is not None and cond is not None and not on.any():
+            return cond(x, t)
+        result, other = denoise_pair(x, t)
+        return with_x0(result, combine(x0_part(result), x0_part(other), _weight(scale, on, t, x), rescale, channels))
+    return denoise
+
+
+def guided(cond, uncond, scale, *, rescale: float = 0.0, active: Callable | None = None, channels: int | None = None):
+    """`guided_batch` over two denoisers, called one after the other."""
+    return guided_batch(lambda x, t: (cond(x, t), uncond(x, t)), scale, rescale=rescale, active=active,
+                        channels=channels, cond=cond)
+
+
+def combine(cond: Tensor, uncond: Tensor, weight, rescale: float = 0.0, channels: int | None = None) -> Tensor:
+    """uncond + weight (cond - uncond) on the first channels, rescaled; weight a number or [B, 1, ...]."""
+    if isinstance(weight, float) and weight == 1:
+        return cond
+    x0 = uncond + weight * (cond - uncond)
+    if channels is not None and channels < cond.shape[1]:
+        x0 = torch.cat([x0[:, :channels], cond[:, channels:]], dim=1)
+    if rescale:
+        ratio = cond.flatten(1).std(1) / x0.flatten(1).std(1).clamp(min=1e-12)
+        x0 = x0 * (1 + rescale * (over(ratio, x0) - 1))
+    return x0
+
+
+def during(grid: Grid, start: float, end: float) -> Callable:
+    """active(t) for a share of the run: 0 is its first step (noise), 1 past its last. Kynkaanniemi et al. 2024.
+
+    Step i of N is active when start <= i / N < end; between the grid's times, t decides.
+    """
+    n = grid.steps
+    first = next((i for i in range(n) if i / n >= start - 1e-9), n)
+    last = max((i for i in range(n) if i / n < end - 1e-9), default=-1)
+    if first > last:
+        return lambda t: torch.zeros_like(t, dtype=torch.bool)
+    high, low = grid.t[first].item(), grid.t[last + 1].item() if last < n - 1 else -torch.inf
+    return lambda t: (t <= high) & (t > low)
+
+
+def classifier_guided(denoise, log_prob, path, scale: float):
+    """Steer by a classifier of noisy pictures. Dhariwal & Nichol 2021, alg. 2: eps - scale sigma grad log p.
+
+    log_prob(x [B, ...], t) -> [B], differentiable in x. At pure noise (alpha = 0) nothing is steered.
+    """
+    def steered(x, t):
+        result = denoise(x, t)
+        alpha, sigma = (over(v, x).to(x.device) if t.ndim else v for v in path.at(t))
+        if not bool((alpha > 0).all()):
+            return result
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            gradient, = torch.autograd.grad(log_prob(leaf, t).sum(), leaf)
+        return with_x0(result, x0_part(result) + scale * (sigma * sigma / alpha) * gradient)
+    return steered
+
+
+def _weight(scale, on: Tensor | None, t: Tensor, x: Tensor):
+    value = scale(t) if callable(scale) else scale
+    if on is not None:
+        value = torch.where(on, torch.as_tensor(value, dtype=torch.float64), 1.0)
+    if not isinstance(value, Tensor):
+        return float(value)
+    return over(value, x).to(x) if value.ndim else value.item()

@@ -1,0 +1,31 @@
+"""The contract between a system and everything that trains, samples, converts or evaluates it."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import nn
+
+from nexus.config import Config
+from nexus.media import Media
+from nexus.phase import Phase
+from nexus.requests import SampleRequest
+
+
+class System(Protocol):
+    """An nn.Module with a `net`, built by its Config.
+
+    config: what built it. external: {submodule name: model reference} for parts whose weights live in a checkpoint of
+    their own (the shared codec); they are frozen, and neither saved nor trained.
+    """
+
+    config: Config
+    net: nn.Module
+    external: dict[str, str]
+
+    def phases(self) -> tuple[Phase, ...]:
+        """What is trained, in order."""
+        ...
+
+    def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
+        """One item a seed; item i depends on seeds[i] and the request alone. watch(step, steps, x0) sees progress."""
+        ...

@@ -1,0 +1,43 @@
+"""How a run is trained: everything that shapes its weights, besides the system and the data."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from nexus.config import Config
+
+
+class TrainArgs(Config):
+    """Training arguments; a system's `recipes` give them per preset, `--set train.NAME=VALUE` changes one.
+
+    batch_size counts the pictures of one optimiser step over all ranks; `accumulate` cuts it into that many parts.
+    ema is the decay of the moving average (0 = none); with ema_warmup it starts as (1 + step) / (10 + step).
+    """
+
+    steps: int = Field(1000, ge=1)
+    batch_size: int = Field(32, ge=1)
+    accumulate: int = Field(1, ge=1)
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    optimizer: Literal["adamw", "muon", "adam", "rmsprop"] = "adamw"
+    lr: float = Field(1e-4, gt=0)
+    muon_lr: float = Field(0.02, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    final_lr: float = Field(0.0, ge=0)          # share of lr that is left at the last step of a decaying schedule
+    clip: float = Field(1.0, ge=0)              # largest gradient norm; 0 = no clipping
+    ema: float = Field(0.999, ge=0, lt=1)
+    ema_warmup: bool = True
+    shift: int = Field(0, ge=0)                 # random translation of pictures, pixels
+    flip: float = Field(0.0, ge=0, le=1)        # chance of a horizontal mirror
+    cache_latents: bool = False                 # encode the whole set once, before the first step
+    variants: int = Field(1, ge=1)              # shifted and mirrored copies of each picture that are kept encoded
+    log_every: int = Field(10, ge=1)
+    save_every: int = Field(500, ge=1)
+    sample_every: int = Field(0, ge=0)          # 0 = only with the last checkpoint
+    samples: int = Field(16, ge=0)
+    keep: int = Field(2, ge=1)                  # newest checkpoints that stay on disk
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    sharding: Literal["ddp", "fsdp2"] = "ddp"

@@ -1,0 +1,79 @@
+"""Pictures of fixed seeds at points of a training run."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from nexus.images import contact_sheet, write_image
+from nexus.media import Media
+from nexus.requests import SampleRequest
+from nexus.train.ema import swap
+from nexus.train.report import write_report
+from nexus.train.state import TrainState
+
+__all__ = ["prompts_of", "write_report", "write_samples"]
+
+TOGETHER = 16       # seeds of one prompt generated at once
+SHOWN = 128         # small pictures are enlarged to about this many pixels, without smoothing
+
+
+def write_samples(state: TrainState, run: Path, device: torch.device) -> None:
+    """Write RUN/samples/step-NNNNNNN.webp: seeds 0 .. args.samples - 1 with the averaged weights.
+
+    Weights, train/eval modes and PyTorch's random streams are left as they were. A system cut over ranks (FSDP2)
+    makes no pictures, since one rank alone cannot run it. Raises OutputError.
+    """
+    cut = any(isinstance(p, DTensor) for p in state.system.parameters())
+    if state.args.samples and not cut:
+        prompts = prompts_of(state.system, state.args.samples)
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), _averaged(state):
+            images = [image for part in _groups(prompts) for image in _made(state.system, *part)]
+        times = max(1, SHOWN // images[0].shape[0])
+        images = [image.repeat(times, 0).repeat(times, 1) for image in images]
+        sheet = contact_sheet(images, math.ceil(math.sqrt(len(images))), prompts if prompts[0] else None)
+        record = {"step": state.step, "seeds": list(range(len(images))), "prompts": prompts}
+        write_image(run / "samples" / f"step-{state.step:07d}.webp", sheet, record, exists="overwrite")
+
+
+def prompts_of(system: nn.Module, count: int) -> list[str | None]:
+    """`count` prompts spread evenly over the class names that a system knows; all None when it knows none."""
+    config = getattr(getattr(system, "conditioner", None), "config", None)
+    names = getattr(config, "classes", ()) or getattr(getattr(config, "encoder", None), "words", ())
+    if not names:
+        return [None] * count
+    return [names[i * len(names) // count] for i in range(count)]
+
+
+def _groups(prompts: list[str | None]) -> Iterator[tuple[str | None, list[int]]]:
+    """Neighbouring equal prompts with their seeds, at most TOGETHER at once."""
+    start = 0
+    for i in range(1, len(prompts) + 1):
+        if i == len(prompts) or prompts[i] != prompts[start] or i - start == TOGETHER:
+            yield prompts[start], list(range(start, i))
+            start = i
+
+
+def _made(system: nn.Module, prompt: str | None, seeds: list[int]) -> list:
+    media: Media = system.generate(SampleRequest(prompt=prompt), seeds=seeds)
+    scaled = (media.data.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
+    return list(scaled.round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+
+
+@contextmanager
+def _averaged(state: TrainState) -> Iterator[None]:
+    """The system in eval mode with its averaged weights, and back, whatever happens inside."""
+    modes = {m: m.training for m in state.system.modules()}
+    average = state.ema.average if state.ema else {}
+    swap(state.system.eval(), average)
+    try:
+        yield
+    finally:
+        swap(state.system, average)
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,23 @@
+"""FSDP2: weights, gradients and optimiser state cut over the ranks, by a flag."""
+
+import torch
+from torch import nn
+
+from nexus.train.args import TrainArgs
+from nexus.train.distributed import World
+
+
+def shard(system: nn.Module, args: TrainArgs, world: World, device: torch.device) -> nn.Module:
+    """Cut every trained module of the system over the ranks when args.sharding is "fsdp2"; else return it as it is."""
+    if args.sharding != "fsdp2" or world.size == 1:
+        return system
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(device.type, (world.size,))
+    for phase in system.phases():
+        for child in phase.module.modules():
+            if isinstance(child, nn.ModuleList):
+                for block in child:
+                    fully_shard(block, mesh=mesh)
+        fully_shard(phase.module, mesh=mesh)
+    return system

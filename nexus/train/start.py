@@ -1,0 +1,188 @@
+"""From a command to a running loop: settings, data, system, resume."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nexus import __version__, catalog, checkpoint
+from nexus.atomic import write_text
+from nexus.config import Config
+from nexus.data.images import ImageSet, open_images
+from nexus.data.latents import LatentSet
+from nexus.data.order import indices
+from nexus.errors import InputError, UsageError
+from nexus.train import run as runs
+from nexus.train.args import TrainArgs
+from nexus.train.distributed import barrier, join, leave
+from nexus.train.engine import Hooks, autocast, fit
+from nexus.train.pictures import write_report, write_samples
+from nexus.train.sharding import shard
+from nexus.train.state import TrainState, new_state, restore
+
+MAY_CHANGE = {"steps", "log_every", "save_every", "sample_every", "samples", "keep", "on_nan"}
+
+
+def resolve(system: str, *, preset: str | None = None, file: dict | None = None, overrides: list[str] = (),
+            flags: dict[str, Any] | None = None) -> tuple[Config, TrainArgs]:
+    """The system's Config and the TrainArgs: defaults, then preset, then file, then --set, then flags.
+
+    file: {"config": {...}, "train": {...}}. Overrides are "train.KEY=VALUE" or "KEY.KEY=VALUE" of the system.
+    """
+    cls = catalog.config_class(system)
+    name = preset or cls.default_preset
+    file = file or {}
+    if surplus := file.keys() - {"config", "train", "system", "data", "format", "nexus"}:
+        raise InputError(f"the settings file has an unknown section '{min(surplus)}'", hint="sections: config, train")
+    fields = cls.preset(name).to_json() | file.get("config", {})
+    args = TrainArgs.parse({**cls.recipes.get(name, {}), **file.get("train", {})})
+    mine = [o.removeprefix("train.") for o in overrides if o.startswith("train.")]
+    config = cls.parse(fields).override([o for o in overrides if not o.startswith("train.")])
+    return config, TrainArgs.parse(args.override(mine).to_json() | (flags or {}))
+
+
+def _resumed(run: Path, system: str, data: str, overrides: list[str], flags: dict) -> tuple[Config, TrainArgs]:
+    """The settings a run was started with, and the few of them that may change on the way."""
+    stored = checkpoint.read_description(run)
+    if stored["system"] != system or stored["data"] != data:
+        raise UsageError(f"{run} trains '{stored['system']}' on '{stored['data']}', not '{system}' on '{data}'",
+                         hint="choose another --run")
+    before = TrainArgs.parse(stored["train"])
+    mine = [o.removeprefix("train.") for o in overrides if o.startswith("train.")]
+    args = TrainArgs.parse(before.override(mine).to_json() | flags)
+    old, new = before.to_json(), args.to_json()
+    config = catalog.config_class(system).parse(stored["config"])
+    changed = [k for k in old if old[k] != new[k] and k not in MAY_CHANGE]
+    if config.override([o for o in overrides if not o.startswith("train.")]) != config:
+        changed.append("the system's settings")
+    if changed:
+        raise UsageError(f"{run} was started with another value of {changed[0]}",
+                         hint="leave it out to go on as before, or choose another --run")
+    return config, args
+
+
+def train(system: str, *, data: str, run: Path, preset: str | None = None, config: dict | None = None,
+          overrides: list[str] = (), flags: dict[str, Any] | None = None, device: str = "auto",
+          init: str | None = None, resume: str = "auto", max_time: float | None = None,
+          progress: Callable[[dict], None] = lambda row: None,
+          report: Callable[[str], None] = lambda line: None) -> dict:
+    """Train a system in a run folder, or go on with the run that is there. Returns {"step", "run", "resumed"}.
+
+    flags: TrainArgs fields given explicitly. init: a model whose weights of equal name and shape are taken over.
+    resume: "auto", or "never" (an existing run is then an error). Raises StoppedError after a signal or max_time.
+    """
+    catalog.entry(system)
+    run, target = Path(run), checkpoint.pick_device(device)
+    world = join(target)
+    held = runs.lock(run) if world.is_main else None
+    try:
+        return _train(system, data, run, target, world, preset, config, list(overrides), flags or {}, init, resume,
+                      max_time, progress, report)
+    finally:
+        leave(world)
+        if held:
+            held.release()
+
+
+def _train(system, data, run, device, world, preset, file, overrides, flags, init, resume, max_time, progress,
+           report) -> dict:
+    begun = (run / "config.json").exists()
+    if begun and resume == "never":
+        raise UsageError(f"{run} holds a run already", hint="--resume auto goes on with it")
+    barrier(world)
+    config, args = (_resumed(run, system, data, overrides, flags) if begun else
+                    resolve(system, preset=preset, file=file, overrides=overrides, flags=flags))
+    _check_split(args, world.size)
+    images = open_images(data, size=getattr(config, "image_size", None), channels=getattr(config, "image_channels", None))
+    for name, reason in images.skipped[:20]:
+        report(f"skipped {name}: {reason}")
+    if images.skipped:
+        report(f"{len(images.skipped)} files were skipped, {len(images)} pictures are used")
+    config = config.adapt(images.facts)
+    torch.manual_seed(args.seed)                    # the initial weights are a function of the seed
+    built = checkpoint.build(system, config.to_json())
+    if init and not begun:
+        report(_warm_start(built, init))
+    built = shard(built.to(device), args, world, device)
+    facts = {"train": args.to_json(), "data": data, "data_digest": images.facts.digest, "nexus": __version__}
+    if begun:
+        _check_data(run, images)
+    elif world.is_main:
+        described = {"format": "nexus/1", "system": system, "config": config.to_json(), **facts}
+        write_text(run / "config.json", json.dumps(described, indent=1, sort_keys=True, ensure_ascii=False) + "\n",
+                   exists="overwrite")
+    state = new_state(system, built, args)
+    step = _resume(state, run, world, report)
+    hooks = Hooks(_batches(images, built, args, world, device, progress), progress,
+                  lambda state: write_samples(state, run, device), report, lambda: write_report(run))
+    fit(state, run, hooks, facts=facts, world=world, device=device, max_time=max_time)
+    return {"run": str(run), "step": state.step, "resumed": step}
+
+
+def _check_split(args: TrainArgs, ranks: int) -> None:
+    if args.batch_size % (args.accumulate * ranks):
+        raise UsageError(f"batch size {args.batch_size} does not divide into {args.accumulate} parts on {ranks} ranks",
+                         hint=f"a multiple of {args.accumulate * ranks}")
+
+
+def _check_data(run: Path, images: ImageSet) -> None:
+    stored = checkpoint.read_description(run).get("data_digest")
+    if stored != images.facts.digest:
+        raise InputError(f"the data of {run} has changed since the run began",
+                         hint="restore it, or start anew with another --run")
+
+
+def _resume(state: TrainState, run: Path, world, report) -> int:
+    """Restore the newest good checkpoint on every rank; returns its step, 0 for a new run."""
+    step = 0
+    if world.is_main:
+        runs.clean(run)
+        step = runs.newest_good(run, report) or 0
+    if world.size > 1:
+        step = _shared(step)
+    if step:
+        restore(state, run, step)
+        report(f"resumed from step {step}")
+    if world.is_main:
+        runs.truncate_metrics(run, step)
+    barrier(world)
+    return step
+
+
+def _shared(step: int) -> int:
+    value = torch.tensor(step)
+    torch.distributed.broadcast(value, 0)
+    return int(value)
+
+
+def _warm_start(system: torch.nn.Module, name: str) -> str:
+    """Take over every tensor of equal name and shape."""
+    source = checkpoint.load(name, device="cpu")
+    have, own = checkpoint.own_state(source), checkpoint.own_state(system)
+    taken = [n for n, t in own.items() if n in have and have[n].shape == t.shape]
+    if not taken:
+        raise InputError(f"--init {name} has no tensor of this system's names and shapes")
+    with torch.no_grad():
+        for n in taken:
+            own[n].copy_(have[n])
+    return f"took {len(taken)} of {len(own)} tensors from {name}"
+
+
+def _batches(images: ImageSet, system: torch.nn.Module, args: TrainArgs, world, device, progress):
+    """batch_at(position, size, rng): the pictures of one part of one step, on this rank."""
+    source, augment = images, {"shift": args.shift, "flip": args.flip}
+    if args.cache_latents:
+        def encode(pictures: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad(), autocast(args.precision, device):
+                return system.encode(pictures.to(device))
+        source = LatentSet(images, encode, **augment, variants=args.variants,
+                           watch=lambda done, total: progress({"encoded": done, "of": total}))
+        augment = {}
+
+    def batch_at(position: int, size: int, rng: torch.Generator) -> dict:
+        chosen = indices(len(images), seed=args.seed, step=position, batch=size // world.size, rank=world.rank,
+                         world=world.size)
+        return source.batch(chosen, rng, **augment)
+    return batch_at

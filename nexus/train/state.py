@@ -1,0 +1,107 @@
+"""Everything a run must remember between steps, and its way to disk and back."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from nexus.checkpoint import fill, own_state, read_tensors, save_model, tensor_bytes
+from nexus.errors import ModelError
+from nexus.phase import Phase
+from nexus.train.args import TrainArgs
+from nexus.train.ema import EMA
+from nexus.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
+from nexus.train.run import step_folder
+
+OptimizerKey = tuple[str, str]          # (phase, optimiser)
+
+
+@dataclass
+class TrainState:
+    """One run in memory: the system, its optimisers, its average, the number of finished steps, steps to leave out."""
+
+    name: str
+    system: nn.Module
+    phases: tuple[Phase, ...]
+    args: TrainArgs
+    optimizers: dict[OptimizerKey, torch.optim.Optimizer]
+    ema: EMA | None
+    step: int = 0
+    skip: set[int] = field(default_factory=set)
+
+
+def whole(t: Tensor) -> Tensor:
+    """A tensor that FSDP2 has cut over the ranks, in one piece; any other tensor as it is."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def new_state(name: str, system: nn.Module, args: TrainArgs) -> TrainState:
+    """The state before the first step."""
+    phases = system.phases()
+    optimizers = {(p.name, kind): o for p in phases for kind, o in build_optimizers(p.module, args).items()}
+    ema = EMA(own_state(system), args.ema, warmup=args.ema_warmup) if args.ema else None
+    return TrainState(name, system, phases, args, optimizers, ema)
+
+
+def parameter_names(module: nn.Module) -> dict[int, str]:
+    """id(parameter) -> its name."""
+    return {id(p): n for n, p in module.named_parameters()}
+
+
+def save(state: TrainState, run: Path, facts: dict, *, write: bool) -> None:
+    """Write the checkpoint folder of the current step; ranks with write=False only help to gather shards."""
+    names = parameter_names(state.system)
+    model = {n: whole(t) for n, t in own_state(state.system).items()}
+    average = {n: whole(t) for n, t in state.ema.average.items()} if state.ema else None
+    optim = {key: {n: whole(t) for n, t in optimizer_tensors(o, names).items()} for key, o in state.optimizers.items()}
+    if not write:
+        return
+    extra = {f"train/{phase}.{kind}.safetensors": tensor_bytes(t) for (phase, kind), t in optim.items()}
+    extra["train/state.json"] = json.dumps({"step": state.step, "skip": sorted(state.skip)}).encode()
+    if average is not None:
+        extra["ema.safetensors"] = tensor_bytes(average)
+    save_model(step_folder(run, state.step), state.name, state.system.config.to_json(), model, facts=facts,
+               extra=extra, exists="overwrite")
+
+
+def restore(state: TrainState, run: Path, step: int) -> None:
+    """Fill the state from the (verified) checkpoint of `step`."""
+    folder = step_folder(run, step)
+    _fill(state.system, read_tensors(folder / "model.safetensors"), folder)
+    if state.ema is not None:
+        stored = read_tensors(folder / "ema.safetensors")
+        if stored.keys() != state.ema.average.keys():
+            raise ModelError(f"{folder}/ema.safetensors is of another model", hint="start anew with another --run")
+        for name, value in stored.items():
+            state.ema.average[name].copy_(_like(value, state.ema.average[name]))
+    names = parameter_names(state.system)
+    for (phase, kind), optimizer in state.optimizers.items():
+        optimizer.state.clear()
+        tensors = read_tensors(folder / f"train/{phase}.{kind}.safetensors")
+        own = {n: p for p, n in ((p, names[id(p)]) for g in optimizer.param_groups for p in g["params"])}
+        shaped = {k: _like(v, own[k.partition(".")[2]]) if v.ndim else v for k, v in tensors.items()}
+        load_optimizer_tensors(optimizer, names, shaped)
+    try:
+        stored = json.loads((folder / "train/state.json").read_text())
+        state.step, state.skip = int(stored["step"]), {int(s) for s in stored["skip"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder}/train/state.json is damaged: {error}") from None
+
+
+def _fill(system: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    own = own_state(system)
+    if any(isinstance(t, DTensor) for t in own.values()) and own.keys() == tensors.keys():
+        with torch.no_grad():
+            for name, value in tensors.items():
+                own[name].copy_(_like(value, own[name]))
+        return
+    fill(system, tensors, f"{folder}/model.safetensors")
+
+
+def _like(value: Tensor, target: Tensor) -> Tensor:
+    if isinstance(target, DTensor):
+        return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    return value.to(target.device)

@@ -1,0 +1,114 @@
+"""nexus gallery FOLDER: one page of all pictures of a folder, with their prompts and settings."""
+
+import base64
+import html
+import io
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import quote
+
+import typer
+
+from nexus.atomic import check_target, read_records, write_text
+from nexus.errors import InputError
+from nexus_cli import options
+from nexus_cli.options import option
+from nexus_cli.output import Output
+
+SIDE, LIMIT = 160, 2000
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data: 'self'; \
+style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{title}</title><style>
+:root {{ color-scheme: light dark; font: 14px system-ui, sans-serif }}
+main {{ display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)) }}
+figure {{ margin: 0; padding: 8px; border: 1px solid #8886; border-radius: 6px; overflow-wrap: anywhere }}
+figure.failed {{ border-color: #c33; color: #c33 }} img {{ display: block; margin: auto; max-width: 100% }}
+figcaption {{ margin-top: 6px }} small {{ opacity: .75 }} input {{ margin-bottom: 12px; padding: 6px; width: 20em }}
+</style></head><body><h1>{title}</h1>
+<input type="search" placeholder="filter" aria-label="filter">
+<main>
+{figures}
+</main><script>
+document.querySelector('input').addEventListener('input', event => {{
+  const word = event.target.value.toLowerCase();
+  for (const figure of document.querySelectorAll('figure'))
+    figure.hidden = !figure.textContent.toLowerCase().includes(word);
+}});
+</script></body></html>
+"""
+
+
+def gallery(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", show_default=False, help="A folder of pictures.")],
+    output: Annotated[Path | None, option("--output", "-o", metavar="FILE", show_default=False,
+                                          help="The page; default: index.html in the folder.")] = None,
+    sheet: Annotated[Path | None, option("--sheet", metavar="FILE", show_default=False,
+                                         help="Also one picture with all of them.")] = None,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    json_lines: options.Json = False,
+) -> None:
+    """Make a self-contained page of a folder's pictures; failed items of a batch are in red."""
+    out = Output(json_lines=json_lines, quiet=quiet)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder '{folder}'", hint="check the path")
+    page, policy = output or folder / "index.html", "overwrite" if force else "error"
+    for target in (page, sheet):
+        if target is not None:
+            check_target(target, exists=policy)
+    from nexus import images
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.FORMATS and path != sheet
+                   and not path.name.startswith("."))
+    if len(files) > LIMIT:
+        out.warn(f"only the first {LIMIT} of {len(files)} pictures are shown")
+    pictures = [(path, images.read_image(path)) for path in files[:LIMIT]]
+    failed = [r for r in read_records(folder / "manifest.jsonl") if r.get("status") == "failed"]
+    if not pictures and not failed:
+        raise InputError(f"there is no picture in '{folder}'")
+    figures = [_figure(path, array, page.parent) for path, array in pictures] + [_failure(r) for r in failed]
+    write_text(page, PAGE.format(title=html.escape(folder.resolve().name), figures="\n".join(figures)), exists=policy)
+    out.result(str(page), {"status": "ok", "path": str(page), "pictures": len(pictures), "failed": len(failed)})
+    if sheet is not None and pictures:
+        columns = next(c for c in range(1, LIMIT) if c * c >= len(pictures))
+        images.write_image(sheet, images.contact_sheet([_thumb(a) for _, a in pictures], columns), exists=policy)
+        out.result(str(sheet), {"status": "ok", "path": str(sheet)})
+
+
+def _thumb(array):
+    import numpy as np
+    from PIL import Image
+    picture = Image.fromarray(array)
+    picture.thumbnail((SIDE, SIDE))
+    return np.asarray(picture)
+
+
+def _figure(path: Path, array, base: Path) -> str:
+    from PIL import Image
+
+    from nexus.images import read_record
+    data = io.BytesIO()
+    Image.fromarray(_thumb(array)).save(data, "WEBP", quality=80)
+    record = read_record(path) or {}
+    prompt = html.escape(_clean(record.get("prompt") or path.name), quote=True)
+    facts = ", ".join(f"{key} {record[key]}" for key in ("seed", "steps", "guidance", "sampler", "model")
+                      if record.get(key) is not None)
+    link = quote(os.fsencode(os.path.relpath(path, base)))
+    thumb = base64.b64encode(data.getvalue()).decode()
+    return (f'<figure><a href="{link}"><img alt="{prompt}" loading="lazy" src="data:image/webp;base64,{thumb}"></a>'
+            f"<figcaption>{prompt}<br><small>{html.escape(_clean(facts))}</small></figcaption></figure>")
+
+
+def _failure(record: dict) -> str:
+    error = record.get("error")
+    message = error.get("message") if isinstance(error, dict) else None
+    return (f'<figure class="failed"><figcaption>{html.escape(_clean(record.get("id")))}<br>'
+            f"<small>{html.escape(_clean(message or 'failed'))}</small></figcaption></figure>")
+
+
+def _clean(value) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text.encode("utf-8", "replace").decode().replace("\0", "")

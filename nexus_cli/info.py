@@ -1,0 +1,100 @@
+"""nexus info FILE: what a picture, a model file or a run folder says about itself."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nexus.errors import InputError, ModelError, NexusError
+from nexus_cli import options
+from nexus_cli.output import Output
+
+HEADER_LIMIT = 16 * 2**20
+
+
+def info(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", show_default=False,
+                                                help="Pictures, .safetensors files, model or run folders.")],
+    json_lines: options.Json = False,
+    color: options.Color = "auto",
+) -> None:
+    """Show the settings stored in pictures and models. Nothing in a file is trusted or run."""
+    out = Output(json_lines=json_lines, color=color)
+    first: NexusError | None = None
+    for path in files:
+        try:
+            facts = describe(path)
+        except NexusError as error:
+            if len(files) == 1:
+                raise
+            out.warn(str(error))
+            first = first or error
+            continue
+        head = [f"{path}:"] if len(files) > 1 else []
+        lines = head + [f"{key}: {_printable(value)}" for key, value in facts.items()]
+        out.result("\n".join(lines), {"path": str(path), **facts})
+    if first:
+        raise first
+
+
+def describe(path: Path) -> dict:
+    """The facts that a file holds; InputError or ModelError when it cannot be read."""
+    if path.is_dir():
+        return _folder(path)
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    from nexus.images import read_image, read_record
+    record = read_record(path)
+    height, width, _ = read_image(path).shape
+    return {"picture": f"{width}x{height}", **(record or {"settings": "none stored"})}
+
+
+def _folder(path: Path) -> dict:
+    try:
+        described = json.loads(_small(path / "config.json"))
+        if not isinstance(described, dict):
+            raise ValueError
+    except FileNotFoundError:
+        raise ModelError(f"{path} is not a model or run folder: it has no config.json") from None
+    except (OSError, ValueError, RecursionError):
+        raise ModelError(f"{path / 'config.json'} is damaged", hint="nexus models verify") from None
+    steps = sorted(folder.name for folder in path.glob("step-*") if folder.is_dir() and folder.name[5:].isdigit())
+    return {**described, **({"checkpoints": steps} if steps else {})}
+
+
+def _small(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        data = file.read(HEADER_LIMIT + 1)
+    if len(data) > HEADER_LIMIT:
+        raise ValueError("too large")
+    return data
+
+
+def _safetensors(path: Path) -> dict:
+    """Metadata and counts from the header alone, with limits before anything is parsed."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+                raise ValueError
+            header = json.loads(file.read(length))
+        tensors = {name: row for name, row in header.items() if name != "__metadata__"}
+        kinds = sorted({str(row["dtype"]) for row in tensors.values()})
+        stored = header.get("__metadata__") or {}
+        described = json.loads(stored["nexus"]) if "nexus" in stored else {"metadata": stored}
+    except FileNotFoundError:
+        raise InputError(f"there is no file '{path}'", hint="check the path") from None
+    except OSError as error:
+        raise InputError(f"cannot read '{path}': {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ModelError(f"{path} is damaged or not a safetensors file") from None
+    return {"bytes": size, "tensors": len(tensors), "dtypes": kinds, **described}
+
+
+def _printable(value) -> str:
+    """Text from a file, with nothing that could drive the terminal."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
+                   for char in text)

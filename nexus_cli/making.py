@@ -1,0 +1,273 @@
+"""Making pictures: jobs to files, one after the other, each whole and recorded before the next."""
+
+import hashlib
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nexus.atomic import append_line, clean_temporary, read_records, write_bytes
+from nexus.errors import BusyError, InputError, NexusError, OutputError, PartialError, StoppedError
+from nexus_cli.jobs import Job
+from nexus_cli.output import Output, PipeClosedError
+
+GRID_LIMIT = 1024
+
+
+class Engine(NamedTuple):
+    """How pictures are computed: the arguments of api.load and api.sample that are the same for all jobs."""
+
+    system: str
+    model: str | None
+    device: str
+    dtype: str
+    batch_size: int
+
+
+class Ways(NamedTuple):
+    """What happens to finished pictures. manifest: where each one is recorded, or None."""
+
+    manifest: Path | None = None
+    metadata: bool = True
+    overwrite: bool = False
+    batch: bool = False
+    stop_on_error: bool = False
+    grid: tuple[int, int] | str | None = None
+    preview: Path | None = None
+    preview_every: int = 1
+    show: bool = False
+    max_time: float | None = None
+
+
+class Interrupts:
+    """Ctrl-C once: finish the current picture. Twice: stop now."""
+
+    def __init__(self, out: Output):
+        self.asked, self._out, self._before = False, out, None
+
+    def __enter__(self):
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *error):
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._out.note("finishing the current picture; Ctrl-C again stops at once")
+
+
+def done_before(manifest: Path | None, *, verify: bool = False) -> Callable[[Job], bool]:
+    """Whether a job is recorded as done and its file is there with the recorded size (and hash, with `verify`)."""
+    latest = {record.get("id"): record for record in read_records(manifest)} if manifest else {}
+
+    def done(job: Job) -> bool:
+        record = latest.get(job.id)
+        if not record or record.get("status") != "ok" or job.path is None:
+            return False
+        try:
+            if os.path.getsize(job.path) != record.get("bytes"):
+                return False
+            return not verify or hashlib.sha256(job.path.read_bytes()).hexdigest() == record.get("sha256")
+        except OSError:
+            return False
+    return done
+
+
+def make(jobs: list[Job], engine: Engine, ways: Ways, out: Output) -> None:
+    """Make all jobs; PartialError when a batch has failures, else the first error as it is."""
+    attempts: dict[str, int] = {}
+    for record in read_records(ways.manifest) if ways.manifest else []:
+        attempts[str(record.get("id"))] = attempts.get(str(record.get("id")), 0) + (record.get("status") != "skipped")
+    for folder in {job.path.parent for job in jobs if job.path}:
+        clean_temporary(folder)
+    work = _Work(engine, ways, out, attempts, len(jobs))
+    with Interrupts(out) as interrupts, out.guard(), out.tracker(len(jobs), "pictures") as tracker:
+        work.tracker, work.interrupts = tracker, interrupts
+        for job in jobs:
+            if job.skip or job.error:
+                work.not_made(job)
+        todo = [job for job in jobs if not job.skip and not job.error]
+        for _, group in itertools.groupby(todo, key=lambda job: json.dumps(job.settings, sort_keys=True, default=str)):
+            work.group(list(group))
+    work.finish()
+
+
+class _Work:
+    """The state of one `make`: what is loaded, counted and kept for the sheet."""
+
+    tracker: Any
+    interrupts: Interrupts
+
+    def __init__(self, engine: Engine, ways: Ways, out: Output, attempts: dict[str, int], total: int):
+        self.engine, self.ways, self.out, self.attempts, self.total = engine, ways, out, attempts, total
+        self.started = self.last = time.monotonic()
+        self.done = self.failed = 0
+        self.system = None
+        self.kept: list[tuple[Job, Any]] = []
+
+    def group(self, jobs: list[Job]) -> None:
+        """Jobs that differ in their seed alone; after a failure the rest of them goes on."""
+        while jobs:
+            made = 0
+            try:
+                for job, item in zip(jobs, self._items(jobs), strict=True):
+                    self._keep(job, item)
+                    made += 1
+                    self._may_go_on()
+                return
+            except (PipeClosedError, StoppedError, OutputError, BusyError):
+                raise
+            except Exception as error:
+                if not self.ways.batch or self.ways.stop_on_error or self.system is None:
+                    raise
+                if not isinstance(error, NexusError) and self.out.verbose > 1:
+                    traceback.print_exc(file=sys.stderr)
+                self.not_made(jobs[made]._replace(error=_known(error)))
+                jobs = jobs[made + 1:]
+
+    def _items(self, jobs: list[Job]) -> Iterator:
+        from nexus import api
+        from nexus.requests import SampleRequest
+        request, engine = SampleRequest.parse(jobs[0].settings), self.engine
+        model = engine.model or api.default_model(engine.system)
+        if self.system is None:
+            self.system = api.load(model, device=engine.device, dtype=engine.dtype, system=engine.system)
+        return api.sample(self.system, request, seeds=[job.seed for job in jobs], batch_size=engine.batch_size,
+                          model=model, progress=self._watch(len(jobs)),
+                          preview=self._preview if self.ways.preview else None)
+
+    def _watch(self, count: int) -> Callable[[int, int], None]:
+        begun = self.done
+
+        def watch(done: int, total: int) -> None:
+            pictures = begun + count * done / max(total, 1)
+            self.tracker.update(self.done, failed=self.failed, within=max(pictures - self.done, 0.0),
+                                text=f"step {done}/{total}")
+        return watch
+
+    _previews = 0
+
+    def _preview(self, media) -> None:
+        """Every K-th intermediate guess, written whole so that a viewer can watch the file."""
+        self._previews += 1
+        if self._previews % self.ways.preview_every:
+            return
+        from nexus import api, images
+        pictures = [api.to_uint8(picture) for picture in media.data]
+        sheet = images.contact_sheet(pictures, _columns(len(pictures))) if len(pictures) > 1 else pictures[0]
+        images.write_image(self.ways.preview, sheet, exists="overwrite")
+
+    def _keep(self, job: Job, item) -> None:
+        """Write, record and announce one picture."""
+        from nexus import images
+        record = {**item.record, "id": job.id}
+        form = images.format_of(job.path) if job.path else "PNG"
+        data = images.encode(item.image, form, record if self.ways.metadata else None)
+        if job.path is None:
+            self.out.media(data)
+        else:
+            write_bytes(job.path, data, exists="overwrite" if self.ways.overwrite else "error")
+        now = time.monotonic()
+        line = {"id": job.id, "status": "ok", "path": self._relative(job), "sha256": hashlib.sha256(data).hexdigest(),
+                "bytes": len(data), "seconds": round(now - self.last, 3), "seed": job.seed,
+                "settings": item.record if self.ways.metadata else {}}
+        self.last = now
+        self._record(job, line)
+        self.done += 1
+        self.tracker.update(self.done, failed=self.failed)
+        if self.ways.grid:
+            self.kept.append((job, item.image))
+        if self.ways.show:
+            self._show(item.image)
+
+    def not_made(self, job: Job) -> None:
+        """Record and count a job that is skipped or has failed."""
+        line = {"id": job.id, "status": "failed" if job.error else "skipped", "path": self._relative(job),
+                "seed": job.seed}
+        if job.skip == "adopted":
+            self.done += 1
+            data = job.path.read_bytes()
+            line |= {"status": "ok", "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        elif job.error:
+            self.failed += 1
+            line["error"] = {"code": job.error.code, "message": str(job.error)}
+            self.out.note(f"failed: {job.error}")
+        else:
+            self.done += 1
+            line["reason"] = job.skip
+        if job.skip == "done":
+            self.out.result(str(job.path), line)        # it exists, as asked for; the manifest has it already
+        else:
+            self._record(job, line)
+        self.tracker.update(self.done + self.failed, failed=self.failed)
+
+    def _record(self, job: Job, line: dict) -> None:
+        line["attempt"] = self.attempts.get(job.id, 0) + 1
+        if self.ways.manifest:
+            append_line(self.ways.manifest, json.dumps(line, default=str))
+        shown = {**line, "path": str(job.path) if job.path else None}
+        self.out.result(str(job.path) if job.path and line["status"] != "failed" else None, shown)
+
+    def _relative(self, job: Job) -> str | None:
+        if job.path is None or self.ways.manifest is None:
+            return str(job.path) if job.path else None
+        return os.path.relpath(job.path, self.ways.manifest.parent)
+
+    def _may_go_on(self) -> None:
+        if self.interrupts.asked:
+            raise KeyboardInterrupt
+        limit = self.ways.max_time
+        if limit and time.monotonic() - self.started > limit and self.done + self.failed < self.total:
+            raise StoppedError(f"stopped after {self.done} of {self.total} pictures (--max-time)",
+                               hint="run the same command again to go on")
+
+    def _show(self, image) -> None:
+        from nexus import images
+        width = min(self.out.console.width, 80)
+        if self.out.console.is_terminal:
+            sys.stderr.write(images.half_blocks(image, width, color=not self.out.console.no_color) + "\n")
+
+    def finish(self) -> None:
+        """The contact sheet, and the verdict on failures."""
+        if self.ways.grid and self.kept:
+            self._sheet()
+        if self.failed:
+            where = f"; {self.ways.manifest} says why" if self.ways.manifest else ""
+            raise PartialError(f"{self.failed} of {self.total} items failed{where}",
+                               hint="run the same command again: only those are made")
+
+    def _sheet(self) -> None:
+        from nexus import images
+        columns = _columns(len(self.kept)) if self.ways.grid == "auto" else self.ways.grid[0]
+        first = self.kept[0][0].path
+        path = first.with_stem(f"{first.stem}-grid")
+        sheet = images.contact_sheet([image for _, image in self.kept], columns, [str(job.seed) for job, _ in self.kept])
+        images.write_image(path, sheet, {"seeds": [job.seed for job, _ in self.kept]}, metadata=self.ways.metadata,
+                           exists="overwrite" if self.ways.overwrite else "error")
+        self.out.result(str(path), {"status": "ok", "path": str(path), "grid": True})
+
+
+def _columns(count: int) -> int:
+    return next(columns for columns in itertools.count(1) if columns * columns >= count)
+
+
+def _known(error: Exception) -> NexusError:
+    if isinstance(error, NexusError):
+        return error
+    return NexusError(f"{type(error).__name__}: {error}")
+
+
+def check_grid(grid: tuple[int, int] | str | None, count: int) -> None:
+    """InputError if the pictures do not fit on the sheet."""
+    room = GRID_LIMIT if grid in (None, "auto") else grid[0] * grid[1]
+    if grid and count > room:
+        raise InputError(f"a sheet of {room} places cannot hold {count} pictures", hint="a larger --grid, or none")

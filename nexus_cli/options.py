@@ -1,0 +1,56 @@
+"""The options that several commands share, each defined once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nexus_cli import parse
+
+DEVICES = "auto, cpu, cuda, cuda:N or mps"
+
+
+def complete_system(incomplete: str) -> list[tuple[str, str]]:
+    """Shell completion of system names; imports only the catalog's strings."""
+    from nexus.catalog import CATALOG
+    return [(name, entry.summary) for name, entry in CATALOG.items() if name.startswith(incomplete)]
+
+
+def device(text: str) -> str:
+    """auto, cpu, cuda, cuda:N or mps."""
+    head, colon, index = text.partition(":")
+    if head not in ("auto", "cpu", "cuda", "mps") or (colon and (head != "cuda" or not index.isascii()
+                                                                 or not index.isdecimal())):
+        raise typer.BadParameter(f"'{text}' is not one of {DEVICES}")
+    return text
+
+
+def option(*names: str, help: str, parser=None, metavar: str | None = None, panel: str | None = None, **more):
+    """A typer option whose values are parsed by `parser` and shown as `metavar`."""
+    return typer.Option(*names, help=help, parser=parser, metavar=metavar, rich_help_panel=panel, **more)
+
+
+SystemArg = Annotated[str, typer.Argument(metavar="SYSTEM", autocompletion=complete_system, show_default=False,
+                                          help="What to use; 'nexus models' lists the systems.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only results, warnings and errors.")]
+Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, show_default=False, metavar="",
+                                      help="Say more; -vv shows tracebacks.")]
+Progress = Annotated[str, option("--progress", parser=parse.one_of("auto", "bar", "plain", "json", "none"),
+                                 metavar="MODE", help="auto, bar, plain, json or none.")]
+Color = Annotated[str, option("--color", parser=parse.one_of("auto", "always", "never"), metavar="WHEN",
+                              help="auto, always or never.")]
+Device = Annotated[str, option("--device", parser=device, metavar="DEVICE", help=f"{DEVICES}.")]
+DType = Annotated[str, option("--dtype", parser=parse.one_of("auto", "float32", "bfloat16", "float16"),
+                              metavar="DTYPE", help="auto, float32, bfloat16 or float16.")]
+Model = Annotated[str | None, typer.Option("--model", "-m", metavar="NAME|PATH", show_default=False,
+                                           help="A named model, a run folder, a checkpoint folder or a file.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", show_default=False,
+                                               help="Change one setting of the configuration; repeatable.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace what exists (--exists overwrite).")]
+OutFile = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", show_default=False,
+                                              help="Also write the result to this JSON file.")]
+BatchSize = Annotated[int | None, option("--batch-size", parser=parse.whole(1, 1_000_000), metavar="N",
+                                         show_default=False, help="How many at once.")]
+EXIT_CODES = "Exit codes: 'nexus help exit-codes'."
