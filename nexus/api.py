@@ -11,11 +11,12 @@ import torch
 
 from nexus import __version__, catalog, checkpoint
 from nexus.errors import DeviceError, InputError, ModelError
+from nexus.evaluate.run import evaluate
 from nexus.media import Media
 from nexus.requests import SampleRequest
 from nexus.train.start import train
 
-__all__ = ["Item", "load", "model_info", "models", "sample", "train", "verify"]
+__all__ = ["Item", "evaluate", "load", "model_info", "models", "sample", "train", "verify"]
 
 load = checkpoint.load
 

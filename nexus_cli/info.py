@@ -82,8 +82,8 @@ def _safetensors(path: Path) -> dict:
             header = json.loads(file.read(length))
         tensors = {name: row for name, row in header.items() if name != "__metadata__"}
         kinds = sorted({str(row["dtype"]) for row in tensors.values()})
-        stored = header.get("__metadata__") or {}
-        described = json.loads(stored["nexus"]) if "nexus" in stored else {"metadata": stored}
+        stored = dict(header.get("__metadata__", {}).items())
+        described = dict(json.loads(stored["nexus"]).items()) if "nexus" in stored else {"metadata": stored}
     except FileNotFoundError:
         raise InputError(f"there is no file '{path}'", hint="check the path") from None
     except OSError as error:

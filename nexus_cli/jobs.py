@@ -68,6 +68,18 @@ def place(output: str | None, default: str = DEFAULT) -> Place:
     return Place(template, Path(os.path.dirname(first) or "."), not fields_of(template) - {"ext"})
 
 
+def short_name(model: str) -> str:
+    """A model as it may be shown to others: a name, or a path below here; of any other path its end only."""
+    path = os.path.normpath(model)
+    if not os.path.isabs(path) and not path.startswith(".."):
+        return path
+    below = os.path.relpath(path)
+    if not below.startswith(".."):
+        return below
+    parts = Path(path).parts
+    return "/".join(parts[-2:] if parts[-1].startswith("step-") or parts[-1] == "model.safetensors" else parts[-1:])
+
+
 def digest(system: str, name: str, settings: dict) -> str:
     """The settings' hash, 16 hex digits: with a seed it says which picture."""
     text = json.dumps([system, name, settings], sort_keys=True, default=str)

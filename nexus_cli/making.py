@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from nexus.atomic import append_line, clean_temporary, read_records, write_bytes
 from nexus.errors import BusyError, InputError, NexusError, OutputError, PartialError, StoppedError
-from nexus_cli.jobs import Job
+from nexus_cli.jobs import Job, short_name
 from nexus_cli.output import Output, PipeClosedError
 
 GRID_LIMIT = 1024
@@ -92,12 +92,12 @@ def make(jobs: list[Job], engine: Engine, ways: Ways, out: Output) -> None:
     work = _Work(engine, ways, out, attempts, len(jobs))
     with Interrupts(out) as interrupts, out.guard(), out.tracker(len(jobs), "pictures") as tracker:
         work.tracker, work.interrupts = tracker, interrupts
-        for job in jobs:
-            if job.skip or job.error:
-                work.not_made(job)
-        todo = [job for job in jobs if not job.skip and not job.error]
-        for _, group in itertools.groupby(todo, key=lambda job: json.dumps(job.settings, sort_keys=True, default=str)):
-            work.group(list(group))
+        for key, group in itertools.groupby(jobs, key=_together):
+            if key is None:
+                for job in group:
+                    work.not_made(job)
+            else:
+                work.group(list(group))
     work.finish()
 
 
@@ -169,7 +169,9 @@ class _Work:
     def _keep(self, job: Job, item) -> None:
         """Write, record and announce one picture."""
         from nexus import images
-        record = {**item.record, "id": job.id}
+        record = {**item.record, **({"id": job.id} if self.ways.batch else {})}
+        if record.get("model"):
+            record["model"] = short_name(str(record["model"]))
         form = images.format_of(job.path) if job.path else "PNG"
         data = images.encode(item.image, form, record if self.ways.metadata else None)
         if job.path is None:
@@ -179,7 +181,7 @@ class _Work:
         now = time.monotonic()
         line = {"id": job.id, "status": "ok", "path": self._relative(job), "sha256": hashlib.sha256(data).hexdigest(),
                 "bytes": len(data), "seconds": round(now - self.last, 3), "seed": job.seed,
-                "settings": item.record if self.ways.metadata else {}}
+                "settings": record if self.ways.metadata else {}}
         self.last = now
         self._record(job, line)
         self.done += 1
@@ -254,6 +256,11 @@ class _Work:
         images.write_image(path, sheet, {"seeds": [job.seed for job, _ in self.kept]}, metadata=self.ways.metadata,
                            exists="overwrite" if self.ways.overwrite else "error")
         self.out.result(str(path), {"status": "ok", "path": str(path), "grid": True})
+
+
+def _together(job: Job) -> str | None:
+    """Neighbours of one key are made by one request; None: there is nothing to make."""
+    return None if job.skip or job.error else json.dumps(job.settings, sort_keys=True, default=str)
 
 
 def _columns(count: int) -> int:

@@ -86,7 +86,7 @@ class Tracker:
         self.started = self.shown = time.monotonic()
         self.first: int | None = None
 
-    def update(self, done: int, *, failed: int = 0, text: str = "", within: float = 0.0) -> None:
+    def update(self, done: int, *, failed: int | None = None, text: str = "", within: float = 0.0) -> None:
         """`done` units are finished; within: the share of the current one; text: what else to show."""
         now = time.monotonic()
         if self.first is None:
@@ -99,12 +99,13 @@ class Tracker:
         each = (now - self.started) / max(done - self.first, 1)
         left = each * (self.total - done) if self.total is not None and done > self.first else None
         if self.mode == "json":
-            line = json.dumps({"done": done, "total": self.total, "failed": failed, "unit": self.unit,
+            line = json.dumps({"done": done, "total": self.total, "failed": failed or 0, "unit": self.unit,
                                "seconds_each": round(each, 4), "eta_seconds": left and round(left, 1)})
         else:
             eta = f", eta {_span(left)}" if left is not None and not last else ""
             of = f"/{self.total}" if self.total is not None else ""
-            line = f"{done}{of} {self.unit}, {failed} failed, {each:.3g} s each{eta}{'  ' + text if text else ''}"
+            lost = f", {failed} failed" if failed is not None else ""
+            line = f"{done}{of} {self.unit}{lost}, {each:.3g} s each{eta}{'  ' + text if text else ''}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -123,7 +124,7 @@ class _Bar(Tracker):
         self._task = self._bar.add_task(unit, total=total, text="")
         self._bar.start()
 
-    def update(self, done: int, *, failed: int = 0, text: str = "", within: float = 0.0) -> None:
+    def update(self, done: int, *, failed: int | None = None, text: str = "", within: float = 0.0) -> None:
         shown = f"{failed} failed  {text}" if failed else text
         self._bar.update(self._task, completed=done + within, text=shown)
 

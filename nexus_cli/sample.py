@@ -123,7 +123,7 @@ def sample(
         ways = Ways(metadata=not no_metadata, overwrite=force or exists == "overwrite", batch=batch is not None,
                     stop_on_error=on_error == "stop", grid=grid, preview=preview, preview_every=preview_every,
                     show=show, max_time=max_time)
-        asked = planning.Asked(system, model or system, settings, seeds, seed, num, None if raw else output,
+        asked = planning.Asked(system, planning.short_name(model) if model else system, settings, seeds, seed, num, None if raw else output,
                                "overwrite" if force else exists)
         if batch is None:
             jobs, ways = _of_flags(asked, ways, raw, out)

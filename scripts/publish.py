@@ -1,7 +1,7 @@
 """Make an embedded checkpoint of a finished run: `python scripts/publish.py RUN NAME`.
 
-Takes the newest checkpoint's average in bfloat16. A codec's latent scale is set so that the training pictures' latents
-have unit standard deviation.
+Takes the newest checkpoint's average in bfloat16. A codec's latent shift and scale are set so that the training
+pictures' latents have mean 0 and standard deviation 1.
 """
 
 import sys
@@ -23,7 +23,7 @@ def publish(run: Path, name: str) -> None:
     system = checkpoint.load(str(source), device="cpu")
     config = described["config"]
     if config["net"].get("kind") == "kl":
-        config["net"]["scale"] = round(_scale(system, described["data"]), 4)
+        config["net"] |= _normalised(system, described["data"])
     state = {n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in checkpoint.own_state(system).items()}
     facts = {k: described[k] for k in ("train", "data", "data_digest", "nexus")} | {"trained_steps": int(source.name[5:])}
     target = checkpoint.ZOO / name
@@ -37,13 +37,14 @@ def publish(run: Path, name: str) -> None:
 
 
 @torch.no_grad()
-def _scale(system: torch.nn.Module, data: str) -> float:
+def _normalised(system: torch.nn.Module, data: str) -> dict:
+    """The shift and scale that give latents of mean 0 and standard deviation 1."""
     images = open_images(data, size=system.config.image_size, channels=system.config.image_channels)
     every = max(1, len(images) // PROBED)
     batch = images.batch(list(range(0, len(images), every)))["image"]
     latents = torch.cat([system.net.encode(part)[0] for part in batch.split(64)])
     print(f"latents: mean {latents.mean():.3f}, std {latents.std():.3f} over {len(batch)} pictures")
-    return float(1 / latents.std())
+    return {"shift": round(float(latents.mean()), 4), "scale": round(float(1 / latents.std()), 4)}
 
 
 if __name__ == "__main__":

@@ -46,22 +46,22 @@ def step(f, y: Tensor, h, tableau: Tableau) -> Tensor:
 def integrate(f, y: Tensor, w: Tensor, method: str = "rk4") -> Tensor:
     """y at w[-1] from y at w[0], one step an interval of w [N+1]; f(y, w []) is the slope."""
     tableau = METHODS[method]
-    for start, h in zip(w[:-1], w.diff()):
+    for start, h in zip(w[:-1], w.diff(), strict=True):
         nodes = [start + node * h for node in tableau.nodes]
         y = step(lambda z, k, nodes=nodes: f(z, nodes[k]), y, h.item(), tableau)
     return y
 
 
-def dopri5(f, y: Tensor, start: float, end: float, *, rtol: float, atol: float, first: float | None = None,
-           progress=None, limit: int = 5000) -> Tensor:
+def dopri5(f, y: Tensor, start: float, end: float, *, rtol: float, atol: float, progress=None,
+           limit: int = 5000) -> Tensor:
     """y [B, ...] at `end` from y at `start`; f(y, w [B]) is the slope, w float64 on the CPU.
 
     The RMS over an item of error / (atol + rtol |y|) stays below 1 in every step, each item with steps of its own, so
-    an item does not depend on its batch. first: the first step to try. progress(share done) after every round.
+    an item does not depend on its batch. progress(share done) is called after every round.
     NexusError after `limit` rounds, or for a slope that is not finite.
     """
     w = torch.full((len(y),), start, dtype=torch.float64)
-    h = torch.full_like(w, first if first is not None else (end - start) / 20)
+    h = torch.full_like(w, (end - start) / 20)
     k1 = f(y, w)
     for _ in range(limit):
         left = end - w
@@ -71,11 +71,11 @@ def dopri5(f, y: Tensor, start: float, end: float, *, rtol: float, atol: float, 
         h = torch.where(h.abs() < left.abs(), h, left)
         wide = h.reshape(-1, *[1] * (y.ndim - 1)).to(y)
         stages = [k1]
-        for node, row in zip(DOPRI5.nodes[1:], DOPRI5.rows[1:]):
+        for node, row in zip(DOPRI5.nodes[1:], DOPRI5.rows[1:], strict=True):
             new = _advance(y, wide, row, stages)
             stages.append(f(new, w + node * h))
         # the last stage's state is the step's own result
-        off = _advance(torch.zeros_like(y), wide, [b - c for b, c in zip(DOPRI5.weights, _FOURTH)], stages)
+        off = _advance(torch.zeros_like(y), wide, [b - c for b, c in zip(DOPRI5.weights, _FOURTH, strict=True)], stages)
         scale = atol + rtol * torch.maximum(y.abs(), new.abs())
         error = (off / scale).double().flatten(1).square().mean(1).sqrt().cpu()
         if not error[live].isfinite().all():
@@ -92,7 +92,7 @@ def dopri5(f, y: Tensor, start: float, end: float, *, rtol: float, atol: float, 
 
 def _advance(y: Tensor, h, weights, stages: list[Tensor]) -> Tensor:
     total = None
-    for weight, stage in zip(weights, stages):
+    for weight, stage in zip(weights, stages, strict=True):
         if weight:
             total = weight * stage if total is None else total + weight * stage
     return y if total is None else y + h * total

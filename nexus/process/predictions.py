@@ -78,7 +78,8 @@ def estimator(net, path, prediction: str, cond=None, prepared=None, *, learned_v
     """
     def estimate(x, t):
         clock = path.network_time(t).to(x.device, torch.float32).expand(len(x))
-        out = net(x if dtype is None else x.to(dtype), clock, cond, prepared).to(x.dtype)
+        shared = prepared if t.ndim == 0 else None      # what is prepared holds for a whole batch at one time
+        out = net(x if dtype is None else x.to(dtype), clock, cond, shared).to(x.dtype)
         if not learned_variance:
             return x0_of(path, prediction, out, x, t)
         mean, variance = out.chunk(2, dim=1)

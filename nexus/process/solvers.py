@@ -83,8 +83,7 @@ def dopri5(denoise, x: Tensor, grid: Grid, *, rtol: float = 1e-4, atol: float = 
 
     y = x / (first.a + first.s)
     if start > end:
-        y = ode.dopri5(velocity, y, start, end, rtol=rtol, atol=atol, first=(end - start) / grid.steps,
-                       progress=progress)
+        y = ode.dopri5(velocity, y, start, end, rtol=rtol, atol=atol, progress=progress)
     w = torch.full((len(y),), min(start, end), dtype=torch.float64)
     t, size, _ = _locate(path, w)
     return estimate(denoise, y * over(size, y).to(y), t)
@@ -101,18 +100,22 @@ def dpmpp_2m_sde(denoise, x: Tensor, grid: Grid, *, eta: float = 1.0, noise=torc
 
 
 def dpmpp_3m_sde(denoise, x: Tensor, grid: Grid, *, eta: float = 1.0, noise=torch.randn_like, watch=None) -> Tensor:
-    """The third-order multistep DPM-Solver++ with noise, as k-diffusion writes it. Lu et al. 2022."""
+    """DPM-Solver++(3M) with noise, with the coefficients of Lu et al.'s code and k-diffusion.
+
+    They take half of the curvature that Taylor asks for, so the order stays 2; kept, as that is what others compute.
+    """
     return _dpmpp(denoise, x, grid, 3, eta, noise, watch)
 
 
 def unipc(denoise, x: Tensor, grid: Grid, *, watch=None) -> Tensor:
-    """UniPC of order 2 with B2(h): one call a step; each corrects the step that led to it. Zhao et al. 2023, alg. 5-8."""
+    """UniPC of order 2 with B2(h): one call a step, which also corrects the step before. Zhao et al. 2023, alg. 5-8."""
     x, before, anchor, old, older = wide(x), None, None, None, None
     for step in intervals(grid):
         x0 = estimate(denoise, x, step.t)
         if before is not None and math.isfinite(_h(before)):
             x = _unipc_step(before, anchor, old, older, x0)
-        older = None if before is None or step.s1 == 0 or not math.isfinite(_h(before)) else (old, _h(before) / _h(step))
+        known = before is not None and step.s1 > 0 and math.isfinite(_h(before))
+        older = (old, _h(before) / _h(step)) if known else None
         before, anchor, old = step, x, x0
         x = _unipc_step(step, x, x0, older)
         if watch:
@@ -195,7 +198,7 @@ def _runge_kutta_step(denoise, x: Tensor, step: Interval, path, tableau: ode.Tab
     if not torch.allclose(reached, inner, rtol=1e-6, atol=0):       # beyond the cleanest time there is: Euler
         x0 = estimate(denoise, x, step.t)
         return step.s1 / step.s * x + (step.a1 - step.a * step.s1 / step.s) * x0, x0
-    points = [(step.t, size, w), *zip(t, inner_size.tolist(), inner.tolist()), (step.t1, size1, w1)]
+    points = [(step.t, size, w), *zip(t, inner_size.tolist(), inner.tolist(), strict=True), (step.t1, size1, w1)]
     first = None
 
     def velocity(y, stage):

@@ -15,6 +15,7 @@ from nexus.checkpoint import own_state
 from nexus.errors import DivergedError, StoppedError
 from nexus.rng import derive, generator
 from nexus.train import run as runs
+from nexus.train.args import TrainArgs
 from nexus.train.distributed import World, any_rank, average, average_gradients, barrier
 from nexus.train.optim import lr_scale, set_lr
 from nexus.train.state import TrainState, restore, save
@@ -80,7 +81,7 @@ def fit(state: TrainState, run: Path, hooks: Hooks, *, facts: dict, world: World
             saved = last or stopping or state.step % args.save_every == 0
             if saved:
                 _save(state, run, hooks, facts, world)
-            shown = world.is_main and (last or args.sample_every and state.step % args.sample_every == 0)
+            shown = world.is_main and shows(args, state.step)
             if shown:
                 hooks.sample(state)
             if world.is_main and (saved or shown):
@@ -88,6 +89,11 @@ def fit(state: TrainState, run: Path, hooks: Hooks, *, facts: dict, world: World
             if stopping and not last:
                 raise _stopped(stopping, state.step, args.steps)
     return state.step - start
+
+
+def shows(args: TrainArgs, step: int) -> bool:
+    """Whether pictures are made after `step` finished steps."""
+    return step == args.steps or args.sample_every > 0 and step > 0 and step % args.sample_every == 0
 
 
 def _stopped(number: int, step: int, steps: int) -> StoppedError:

@@ -16,7 +16,7 @@ from nexus.train.ema import swap
 from nexus.train.report import write_report
 from nexus.train.state import TrainState
 
-__all__ = ["prompts_of", "write_report", "write_samples"]
+__all__ = ["prompts_of", "sheet", "write_report", "write_samples"]
 
 TOGETHER = 16       # seeds of one prompt generated at once
 SHOWN = 128         # small pictures are enlarged to about this many pixels, without smoothing
@@ -36,9 +36,14 @@ def write_samples(state: TrainState, run: Path, device: torch.device) -> None:
             images = [image for part in _groups(prompts) for image in _made(state.system, *part)]
         times = max(1, SHOWN // images[0].shape[0])
         images = [image.repeat(times, 0).repeat(times, 1) for image in images]
-        sheet = contact_sheet(images, math.ceil(math.sqrt(len(images))), prompts if prompts[0] else None)
+        joined = contact_sheet(images, math.ceil(math.sqrt(len(images))), prompts if prompts[0] else None)
         record = {"step": state.step, "seeds": list(range(len(images))), "prompts": prompts}
-        write_image(run / "samples" / f"step-{state.step:07d}.webp", sheet, record, exists="overwrite")
+        write_image(sheet(run, state.step), joined, record, exists="overwrite")
+
+
+def sheet(run: Path, step: int) -> Path:
+    """Where the pictures after `step` steps are."""
+    return run / "samples" / f"step-{step:07d}.webp"
 
 
 def prompts_of(system: nn.Module, count: int) -> list[str | None]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from nexus.atomic import read_records, write_text
 from nexus.checkpoint import open_file, read_description
-from nexus.errors import ModelError
+from nexus.errors import InputError, ModelError
 from nexus.images import read_image, read_record
 from nexus.train.page import POLICY, SCRIPT, STYLE
 from nexus.train.plots import curve, short, smoothed
@@ -32,7 +32,8 @@ class Facts(NamedTuple):
     train: dict             # the newest checkpoint's training arguments
     rows: list[dict]        # metrics.jsonl
     steps: list[int]        # checkpoints
-    sheets: list[Path]      # sample sheets
+    sheets: dict[Path, dict]        # sample sheets with the record inside each
+    damaged: list[str]      # names of sheets that cannot be read
 
     @property
     def step(self) -> int:
@@ -50,8 +51,13 @@ def read_facts(run: Path) -> Facts:
     described, steps = _described(run), checkpoints(run)
     train = _described(step_folder(run, steps[-1])).get("train") if steps else None
     rows = [r for r in read_records(run / "metrics.jsonl") if isinstance(r.get("step"), int)]
-    return Facts(run, described, train or described.get("train", {}), rows, steps,
-                 sorted((run / "samples").glob("step-*.webp")))
+    sheets, damaged = {}, []
+    for path in sorted((run / "samples").glob("step-*.webp")):
+        try:
+            sheets[path] = read_record(path) or {}
+        except InputError:
+            damaged.append(path.name)
+    return Facts(run, described, train or described.get("train", {}), rows, steps, sheets, damaged)
 
 
 def _described(folder: Path) -> dict:
@@ -89,6 +95,7 @@ def _head(facts: Facts) -> str:
 def _warnings(facts: Facts) -> str:
     lines = [f"{p.name} was damaged and is set aside" for p in sorted(facts.run.glob("step-*.bad"))]
     lines += [f"step {r['step']:,} was not finite and is left out" for r in facts.rows if r.get("left_out")]
+    lines += [f"{name} is no picture" for name in facts.damaged]
     if not facts.described:
         lines.append("config.json is missing or damaged")
     if not facts.steps:
@@ -148,11 +155,9 @@ def _curves(facts: Facts) -> str:
 def _samples(facts: Facts) -> str:
     if not facts.sheets:
         return ""
-    count = min(SHEETS, len(facts.sheets))
-    chosen = [facts.sheets[i * (len(facts.sheets) - 1) // max(1, count - 1)] for i in range(count)]
-    if count == 1:
-        chosen = facts.sheets[-1:]
-    frames = [_frame(facts, sheet, PICTURE_BYTES // count, sheet == chosen[-1]) for sheet in chosen]
+    sheets, count = list(facts.sheets), min(SHEETS, len(facts.sheets))
+    chosen = [sheets[i * (len(sheets) - 1) // max(1, count - 1)] for i in range(count)]
+    frames = [_frame(p, facts.sheets[p], PICTURE_BYTES // count, p == chosen[-1]) for p in chosen]
     last = count - 1
     scrub = (f'<div class="scrub"><button type="button">Play</button><input type="range" min="0" max="{last}" '
              f'value="{last}" aria-label="training step"><output>{_label(chosen[-1])}</output></div>' if last else "")
@@ -166,8 +171,7 @@ def _label(sheet: Path) -> str:
     return f"step {int(digits):,}" if digits.isdecimal() else escape(sheet.stem)
 
 
-def _frame(facts: Facts, sheet: Path, share: int, shown: bool) -> str:
-    record = read_record(sheet) or {}
+def _frame(sheet: Path, record: dict, share: int, shown: bool) -> str:
     prompts = ", ".join(str(p) for p in record.get("prompts") or [] if p)
     text = escape(f"samples at {_label(sheet)}" + (f": {prompts}" if prompts else ""))[:2000]
     data = base64.b64encode(_embedded(sheet, share)).decode()
@@ -223,13 +227,18 @@ def _checkpoints(facts: Facts) -> str:
 
 def _settings(facts: Facts) -> str:
     about = {k: facts.described[k] for k in ("system", "data", "data_digest", "nexus") if k in facts.described}
-    tables = [("Run", about | facts.described.get("environment", {})), ("Training", facts.train),
+    tables = [("Run", about | _environment(facts.described)), ("Training", facts.train),
               ("System", flat(facts.described.get("config", {})))]
     cards = []
     for title, values in tables:
         rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(_value(v))}</td></tr>" for k, v in values.items())
         cards.append(f'<div class="card"><h3>{title}</h3><table>{rows}</table></div>' if rows else "")
     return _section("Settings", f'<div class="settings">{"".join(cards)}</div>') if any(cards) else ""
+
+
+def _environment(described: dict) -> dict:
+    found = described.get("environment")
+    return {f"environment.{k}": v for k, v in found.items()} if isinstance(found, dict) else {}
 
 
 def flat(config: dict, prefix: str = "") -> dict:

@@ -1,6 +1,7 @@
 """From a command to a running loop: settings, data, system, resume."""
 
 import json
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from nexus.errors import InputError, UsageError
 from nexus.train import run as runs
 from nexus.train.args import TrainArgs
 from nexus.train.distributed import barrier, join, leave
-from nexus.train.engine import Hooks, autocast, fit
-from nexus.train.pictures import write_report, write_samples
+from nexus.train.engine import Hooks, autocast, fit, shows
+from nexus.train.pictures import sheet, write_report, write_samples
 from nexus.train.sharding import shard
 from nexus.train.state import TrainState, new_state, restore
 
@@ -43,24 +44,42 @@ def resolve(system: str, *, preset: str | None = None, file: dict | None = None,
     return config, TrainArgs.parse(args.override(mine).to_json() | (flags or {}))
 
 
-def _resumed(run: Path, system: str, data: str, overrides: list[str], flags: dict) -> tuple[Config, TrainArgs]:
-    """The settings a run was started with, and the few of them that may change on the way."""
+def _resumed(run: Path, system: str, data: str, preset: str | None, file: dict, overrides: list[str],
+             flags: dict) -> tuple[Config, TrainArgs]:
+    """The settings that a run was started with, changed by what is asked for now; `_check_same` compares them."""
     stored = checkpoint.read_description(run)
+    if not {"train", "data"} <= stored.keys():
+        raise UsageError(f"{run} is a model, not a run", hint="choose another --run; --init starts from a model")
     if stored["system"] != system or stored["data"] != data:
         raise UsageError(f"{run} trains '{stored['system']}' on '{stored['data']}', not '{system}' on '{data}'",
                          hint="choose another --run")
-    before = TrainArgs.parse(stored["train"])
+    cls = catalog.config_class(system)
+    base = cls.preset(preset).to_json() if preset else stored["config"]
     mine = [o.removeprefix("train.") for o in overrides if o.startswith("train.")]
-    args = TrainArgs.parse(before.override(mine).to_json() | flags)
-    old, new = before.to_json(), args.to_json()
-    config = catalog.config_class(system).parse(stored["config"])
-    changed = [k for k in old if old[k] != new[k] and k not in MAY_CHANGE]
-    if config.override([o for o in overrides if not o.startswith("train.")]) != config:
-        changed.append("the system's settings")
-    if changed:
+    args = TrainArgs.parse(stored["train"] | file.get("train", {}))
+    config = cls.parse(base | file.get("config", {})).override([o for o in overrides if not o.startswith("train.")])
+    return config, TrainArgs.parse(args.override(mine).to_json() | flags)
+
+
+def _check_same(run: Path, config: Config, args: TrainArgs, init: str | None, digest: str) -> str | None:
+    """Refuse to go on with other data, or with another value of anything that shapes the weights; -> the run's init."""
+    stored = checkpoint.read_description(run)
+    if stored.get("data_digest") != digest:
+        raise InputError(f"the data of {run} has changed since the run began",
+                         hint="restore it, or start anew with another --run")
+    old = stored["config"] | TrainArgs.parse(stored["train"]).to_json() | {"init": stored.get("init")}
+    new = config.to_json() | args.to_json() | ({"init": init} if init else {})
+    if changed := [k for k in new if old.get(k) != new[k] and k not in MAY_CHANGE]:
         raise UsageError(f"{run} was started with another value of {changed[0]}",
                          hint="leave it out to go on as before, or choose another --run")
-    return config, args
+    return old["init"]
+
+
+def _environment(device: torch.device, ranks: int) -> dict[str, str]:
+    """Where a run began, for its report; no names of hosts or people."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"device": f"{device.type} ({name})", "ranks": str(ranks), "torch": torch.__version__,
+            "python": platform.python_version(), "system": platform.system()}
 
 
 def train(system: str, *, data: str, run: Path, preset: str | None = None, config: dict | None = None,
@@ -92,7 +111,7 @@ def _train(system, data, run, device, world, preset, file, overrides, flags, ini
     if begun and resume == "never":
         raise UsageError(f"{run} holds a run already", hint="--resume auto goes on with it")
     barrier(world)
-    config, args = (_resumed(run, system, data, overrides, flags) if begun else
+    config, args = (_resumed(run, system, data, preset, file or {}, overrides, flags) if begun else
                     resolve(system, preset=preset, file=file, overrides=overrides, flags=flags))
     _check_split(args, world.size)
     images = open_images(data, size=getattr(config, "image_size", None), channels=getattr(config, "image_channels", None))
@@ -101,23 +120,28 @@ def _train(system, data, run, device, world, preset, file, overrides, flags, ini
     if images.skipped:
         report(f"{len(images.skipped)} files were skipped, {len(images)} pictures are used")
     config = config.adapt(images.facts)
+    if begun:
+        init = _check_same(run, config, args, init, images.facts.digest)
     torch.manual_seed(args.seed)                    # the initial weights are a function of the seed
     built = checkpoint.build(system, config.to_json())
-    if init and not begun:
+    if init and not runs.checkpoints(run):
         report(_warm_start(built, init))
     built = shard(built.to(device), args, world, device)
     facts = {"train": args.to_json(), "data": data, "data_digest": images.facts.digest, "nexus": __version__}
-    if begun:
-        _check_data(run, images)
-    elif world.is_main:
-        described = {"format": "nexus/1", "system": system, "config": config.to_json(), **facts}
+    if not begun and world.is_main:
+        described = {"format": "nexus/1", "system": system, "config": config.to_json(), **facts,
+                     "init": init, "environment": _environment(device, world.size)}
         write_text(run / "config.json", json.dumps(described, indent=1, sort_keys=True, ensure_ascii=False) + "\n",
                    exists="overwrite")
     state = new_state(system, built, args)
     step = _resume(state, run, world, report)
     hooks = Hooks(_batches(images, built, args, world, device, progress), progress,
                   lambda state: write_samples(state, run, device), report, lambda: write_report(run))
+    if world.is_main and shows(args, step) and not sheet(run, step).exists():
+        hooks.sample(state)                         # the run was killed between a checkpoint and its pictures
     fit(state, run, hooks, facts=facts, world=world, device=device, max_time=max_time)
+    if world.is_main:
+        hooks.page()
     return {"run": str(run), "step": state.step, "resumed": step}
 
 
@@ -125,13 +149,6 @@ def _check_split(args: TrainArgs, ranks: int) -> None:
     if args.batch_size % (args.accumulate * ranks):
         raise UsageError(f"batch size {args.batch_size} does not divide into {args.accumulate} parts on {ranks} ranks",
                          hint=f"a multiple of {args.accumulate * ranks}")
-
-
-def _check_data(run: Path, images: ImageSet) -> None:
-    stored = checkpoint.read_description(run).get("data_digest")
-    if stored != images.facts.digest:
-        raise InputError(f"the data of {run} has changed since the run began",
-                         hint="restore it, or start anew with another --run")
 
 
 def _resume(state: TrainState, run: Path, world, report) -> int:

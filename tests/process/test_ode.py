@@ -19,7 +19,7 @@ def test_fixed_step_orders(method, order):
 @pytest.mark.parametrize("tableau", [*ode.METHODS.values(), ode.DOPRI5])
 def test_rows_sum_to_their_nodes(tableau):
     assert sum(tableau.weights) == pytest.approx(1)
-    for node, row in zip(tableau.nodes, tableau.rows):
+    for node, row in zip(tableau.nodes, tableau.rows, strict=True):
         assert sum(row) == pytest.approx(node)
 
 

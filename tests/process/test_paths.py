@@ -49,7 +49,7 @@ def test_rates_are_derivatives_on_the_network_clock(path):
     t = torch.tensor([0.13, 0.37, 0.71], dtype=torch.float64) * (noise - data) + data
     h = 1e-6 * noise
     direction = -1 if path.kind == "affine" else 1          # affine networks live on s = 1 - t
-    for now, later, rate in zip(path.at(t - h), path.at(t + h), path.rates(t)):
+    for now, later, rate in zip(path.at(t - h), path.at(t + h), path.rates(t), strict=True):
         torch.testing.assert_close((later - now) / (2 * h) * direction, rate, rtol=1e-5, atol=1e-7)
 
 

@@ -60,6 +60,7 @@ def test_denoiser_tells_the_network_its_time_and_dtype():
     assert (cond, prepared) == ({"label": 1}, "ready")
     denoise(x, torch.tensor([0.25, 0.5]))
     assert seen[1][1].tolist() == [250.0, 500.0]
+    assert seen[1][3] is None                               # prepared is for one time shared by the batch
 
 
 def test_variance_half_is_split_off():

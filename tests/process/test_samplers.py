@@ -29,6 +29,11 @@ def start(n, dims=3, seed=0):
     return torch.randn(n, dims, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def noises(seed):
+    rng = torch.Generator().manual_seed(seed)
+    return lambda x: torch.randn(x.shape, generator=rng, dtype=x.dtype)
+
+
 def test_names_are_the_requests():
     assert tuple(SAMPLERS) == requests.SAMPLERS
 
@@ -69,12 +74,9 @@ def test_convergence_order_on_an_exact_flow_map(name, order, kind):
     assert measured == pytest.approx(order, abs=0.35), errors
 
 
-def flow_error(name, path, steps, *, slow_start=False, **options):
+def flow_error(name, path, steps, **options):
     """The largest error from log-SNR -2 to 2, without the data point, where the exact map is known."""
     lam = torch.linspace(-2, 2, steps + 1, dtype=torch.float64)
-    if slow_start:                                          # low-order first steps must not be what is measured
-        h = lam[1] - lam[0]
-        lam = torch.cat([lam[:1], lam[0] + h * torch.tensor([1, 4, 16, 64]) / steps**2, lam[1:]])
     t = path.t_of_log_snr(lam)
     g = Grid(t, *path.at(t), path)
     x = start(6, 1) * (g.sigma[0] ** 2 + g.alpha[0] ** 2 / 2) ** 0.5
@@ -82,9 +84,12 @@ def flow_error(name, path, steps, *, slow_start=False, **options):
     return ((sample(name, mixture(path, LINE, 0.3), x, g, **options) - want).abs().max() / g.alpha[-1]).item()
 
 
-def test_dpmpp_3m_without_noise_is_third_order():
-    errors = [flow_error("dpmpp-3m-sde", RectifiedPath(), n, eta=0.0, slow_start=True) for n in (32, 64, 128)]
-    assert math.log2(errors[1] / errors[2]) == pytest.approx(3, abs=0.35), errors
+def test_dpmpp_3m_without_noise_beats_2m():
+    # the published coefficients take half the curvature, so its order stays 2, with a smaller error
+    two, three = ([flow_error(name, RectifiedPath(), n, **eta) for n in (32, 64)]
+                  for name, eta in (("dpmpp-2m", {}), ("dpmpp-3m-sde", {"eta": 0.0})))
+    assert math.log2(three[0] / three[1]) > 1.65
+    assert three[1] < two[1]
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2), ("rk4", 4)])
@@ -104,9 +109,9 @@ def test_dopri5_meets_its_tolerance(path):
     x = g.sigma[0] * start(4)
     want = gaussian_flow(x, 0.7, 0.6, (g.alpha[0], g.sigma[0]), (1.0, 0.0))
     errors = [(sample("dopri5", gaussian(path, 0.7, 0.6), x, g, rtol=tol, atol=tol) - want).abs().max().item()
-              for tol in (1e-3, 1e-6)]
-    last = 3e-4 if path.kind == "discrete" else 1e-5        # the Euler step from the cleanest time to the data
-    assert errors[0] < 2e-2
+              for tol in (1e-4, 1e-6)]
+    last = 3 * path.at(torch.tensor(path.ends()[1], dtype=torch.float64))[1].item() ** 2    # Euler from there to data
+    assert errors[0] < 5e-3 + last
     assert errors[1] < 1e-5 + last
 
 
@@ -129,9 +134,8 @@ def test_dopri5_stops_on_numbers_that_are_not_finite():
 def test_stochastic_samplers_keep_the_data_distribution(path):
     for name in sorted(TAKES_NOISE):
         g = grid(path, path.times(250, schedule="log-snr"))
-        rng = torch.Generator().manual_seed(1)
         x = g.alpha[0] * 0.7 + start(20_000, 1) * (g.sigma[0] ** 2 + (g.alpha[0] * 0.4) ** 2) ** 0.5
-        x0 = sample(name, gaussian(path, 0.7, 0.4), x, g, noise=lambda x: torch.randn(x.shape, generator=rng).to(x))
+        x0 = sample(name, gaussian(path, 0.7, 0.4), x, g, noise=noises(1))
         assert x0.mean().item() == pytest.approx(0.7, abs=0.015), name
         assert x0.std().item() == pytest.approx(0.4, rel=0.04), name
 
@@ -151,9 +155,7 @@ def test_ddim_eta_1_is_hos_posterior_over_1000_steps():
         std = ((1 - before[t]) / (1 - bar[t]) * beta[t]).sqrt()
         y = mean + std * torch.randn(y.shape, generator=rng, dtype=y.dtype) if t else mean
     for run in (partial(ddim, eta=1.0), partial(ddpm, variance="small")):
-        rng = torch.Generator().manual_seed(3)
-        ours = run(denoise, x, grid(path, path.times(1000)),
-                   noise=lambda x: torch.randn(x.shape, generator=rng, dtype=x.dtype))
+        ours = run(denoise, x, grid(path, path.times(1000)), noise=noises(3))
         torch.testing.assert_close(ours, y, rtol=0, atol=1e-10)
 
 
@@ -183,7 +185,7 @@ def test_euler_on_the_rectified_path_is_fluxs_loop():
     denoise, x = mixture(path, POINTS, 0.2), start(4)
     g = grid(path, path.times(28))
     y = x
-    for t, t1 in zip(g.t[:-1], g.t[1:]):
+    for t, t1 in zip(g.t[:-1], g.t[1:], strict=True):
         y = y + (t1 - t) * (y - denoise(y, t)) / t
     torch.testing.assert_close(sample("euler", denoise, x, g), y, rtol=0, atol=1e-13)
 

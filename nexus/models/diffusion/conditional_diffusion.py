@@ -23,11 +23,11 @@ class ConditionalConfig(DiffusionConfig):
     guidance: float = Field(3.0, ge=0)
 
     presets: ClassVar[dict[str, dict]] = {
-        "tiny": {"net": UNetConfig.presets["tiny"] | {"attention": (1,), "heads": 2, "context_dim": 16,
+        "tiny-text": {"net": UNetConfig.presets["tiny"] | {"attention": (1,), "heads": 2, "context_dim": 16,
                                                       "pooled_dim": 16},
                  "size": 16, "steps": 4,
                  "conditioner": {"kind": "text", "encoder": {"dim": 16, "depth": 1, "buckets": 64}}},
-        "tiny-label": {"net": UNetConfig.presets["tiny"], "size": 16, "steps": 4},
+        "tiny": {"net": UNetConfig.presets["tiny"], "size": 16, "steps": 4},
         "emoji": {"net": _LATENT_UNET, "codec": SHARED_CODEC, "prediction": "v", "steps": 20,
                   "sampler": "dpmpp-2m", "conditioner": {"kind": "text", "default_style": "noto", "encoder": {"buckets": 1024}}},
         "imagenet-64": {"net": UNetConfig.presets["imagenet-64"] | {"out_channels": 6}, "size": 64, "clip": True,

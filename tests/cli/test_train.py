@@ -1,0 +1,75 @@
+"""nexus train through the real command line: runs, plans, refusals."""
+
+import json
+import signal
+import time
+
+import pytest
+
+TINY = ("--preset", "tiny", "--batch-size", 4, "--set", "train.samples=0", "--device", "cpu")
+
+
+def test_a_run_is_printed_and_goes_on(warm, pictures, tmp_path):
+    command = ("train", "ddpm", *TINY, "--data", pictures, "--run", "r")
+    first = warm(*command, "--steps", 1, cwd=tmp_path)
+    assert (first.returncode, first.stdout) == (0, b"r\n"), first.stderr.decode()
+    second = warm(*command, "--steps", 2, "--json", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr.decode()
+    last = json.loads(second.stdout.splitlines()[-1])
+    assert last["status"] == "ok" and last["step"] == 2 and last["resumed"] == 1
+    assert b"resumed from step 1" in second.stderr
+    assert warm(*command, "--steps", 2, "--resume", "never", cwd=tmp_path).returncode == 2
+
+
+def test_a_dry_run_prints_the_settings_and_makes_nothing(warm, pictures, tmp_path):
+    done = warm("train", "ddpm", *TINY, "--data", pictures, "--run", "r", "--steps", 7, "--lr", "0.5", "--dry-run", "--json",
+                 cwd=tmp_path)
+    assert done.returncode == 0, done.stderr.decode()
+    plan = json.loads(done.stdout)
+    assert plan["train"]["steps"] == 7 and plan["train"]["lr"] == 0.5 and plan["pictures"] == 12
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("more,code", [
+    (("--preset", "nothing"), 3), (("--set", "nothing=1"), 3), (("--set", "nothing"), 3), (("--batch-size", 3, "--accumulate", 2), 2),
+    (("--init", "no-such-model"), 4),
+])
+def test_refusals(warm, pictures, tmp_path, more, code):
+    done = warm("train", "ddpm", "--data", pictures, "--run", "r", "--device", "cpu", *more, cwd=tmp_path)
+    assert done.returncode == code and b"Traceback" not in done.stderr and b"error: " in done.stderr, done.stderr.decode()
+
+
+def test_settings_files(warm, pictures, tmp_path):
+    (tmp_path / "a.toml").write_text("[train]\nsteps = 3\n")
+    (tmp_path / "bad.toml").write_text("[train\n")
+    (tmp_path / "unknown.json").write_text('{"train": {"stepz": 3}}')
+    command = ("train", "ddpm", "--preset", "tiny", "--data", pictures, "--run", "r", "--dry-run", "--json", "--config")
+    done = warm(*command, "a.toml", cwd=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["train"]["steps"] == 3
+    assert warm(*command, "bad.toml", cwd=tmp_path).returncode == 3
+    assert warm(*command, "unknown.json", cwd=tmp_path).returncode == 3
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on(nexus, pictures, tmp_path, number, code):
+    command = ("train", "ddpm", *TINY, "--data", pictures, "--run", "r", "--steps", 100_000, "--json", "--set", "train.log_every=1")
+    running = nexus(*command, cwd=tmp_path, wait=False)
+    seen = running.stdout.readline()
+    while b'"step"' not in seen and running.poll() is None:
+        seen = running.stdout.readline()
+    time.sleep(0.2)
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == code, errors.decode()
+    assert list((tmp_path / "r").glob("step-*")) and "Traceback" not in errors.decode()
+
+
+def test_two_processes_cannot_share_a_run(nexus, pictures, tmp_path):
+    command = ("train", "ddpm", *TINY, "--data", pictures, "--run", "r", "--steps", 100_000)
+    running = nexus(*command, cwd=tmp_path, wait=False)
+    while not (tmp_path / "r" / "config.json").exists() and running.poll() is None:
+        time.sleep(0.05)
+    second = nexus(*command, cwd=tmp_path)
+    running.terminate()
+    running.communicate(timeout=60)
+    assert second.returncode == 8 and f"pid {running.pid}" in second.stderr.decode()
