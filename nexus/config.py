@@ -16,7 +16,7 @@ class Config(BaseModel):
     `nexus train` takes `default_preset` unless told otherwise.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)   # JSON has neither
     presets: ClassVar[dict[str, dict]] = {}
     default_preset: ClassVar[str] = "tiny"
     recipes: ClassVar[dict[str, dict]] = {}         # how each preset is trained: fields of TrainArgs
@@ -55,7 +55,7 @@ class Config(BaseModel):
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):        # also for a number of thousands of digits
         return text
 
 

@@ -71,7 +71,8 @@ def train(
     """
     from nexus.catalog import entry
     entry(system)
-    out = Output(json_lines=json_lines, quiet=quiet, verbose=verbose, progress=progress, color=color)
+    out = Output(json_lines=json_lines and _speaks(), quiet=quiet or not _speaks(), verbose=verbose,
+                 progress=progress, color=color)
     _check_files(data, run, config, init)
     given = {"steps": steps, "seed": seed, "batch_size": batch_size, "accumulate": accumulate, "lr": lr, "ema": ema,
              "precision": precision, "on_nan": on_nan, "save_every": save_every, "sample_every": sample_every,
@@ -89,7 +90,13 @@ def train(
                                max_time=max_time, progress=watch, report=out.note, **settings)
         finally:
             watch.close()
-    out.result(str(run), {"status": "ok", **result})
+    if _speaks():
+        out.result(str(run), {"status": "ok", **result})
+
+
+def _speaks() -> bool:
+    """Whether this is the one process of a torchrun group that talks to the user."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _check_files(data: str, run: Path, config: Path | None, init: str | None) -> None:

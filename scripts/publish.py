@@ -1,9 +1,10 @@
-"""Make an embedded checkpoint of a finished run: `python scripts/publish.py RUN NAME`.
+"""Make an embedded checkpoint and its card of a finished run: `python scripts/publish.py RUN NAME`.
 
 Takes the newest checkpoint's average in bfloat16. A codec's latent shift and scale are set so that the training
 pictures' latents have mean 0 and standard deviation 1.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -26,14 +27,53 @@ def publish(run: Path, name: str) -> None:
         config["net"] |= _normalised(system, described["data"])
     state = {n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in checkpoint.own_state(system).items()}
     facts = {k: described[k] for k in ("train", "data", "data_digest", "nexus")} | {"trained_steps": int(source.name[5:])}
+    facts["init"] = checkpoint.read_description(run).get("init")
     target = checkpoint.ZOO / name
-    card = target / "README.md"
-    extra = {"README.md": card.read_bytes()} if card.exists() else {}
+    extra = {"README.md": card(name, described, facts, sum(t.numel() for t in state.values())).encode()}
     checkpoint.save_model(target, described["system"], config, state, facts=facts, exists="overwrite", extra=extra)
     size = (target / "model.safetensors").stat().st_size
     print(f"{target}: {size:,} bytes, {facts['trained_steps']} steps")
     if size > LIMIT:
         raise SystemExit(f"{size:,} bytes is over the limit of {LIMIT:,}")
+
+
+DATA = {
+    "emoji": "the embedded emoji set: noto (Apache-2.0), twemoji (CC-BY-4.0, Copyright Twitter, Inc and other "
+             "contributors), Fluent emoji flat and 3d (MIT, Copyright Microsoft); its training split",
+    "mnist": "the embedded MNIST subset (CC-BY-SA-3.0, Y. LeCun and C. Cortes); its training split",
+}
+
+
+def card(name: str, described: dict, facts: dict, numbers: int) -> str:
+    """The model card, every figure taken from the checkpoint itself or from what `nexus eval` wrote beside the run."""
+    system, train = described["system"], facts["train"]
+    seen = facts["trained_steps"] * train["batch_size"]
+    start = f" It started from the weights of `{facts['init']}`." if facts["init"] else ""
+    init = f" --init {facts['init']}" if facts["init"] else ""
+    return f"""# {name}
+
+A checkpoint of `{system}`, trained for Nexus; {numbers:,} weights in bfloat16 (the moving average of the run).
+
+- **Data**: {DATA[described["data"]]} (sha256 of the set: `{facts["data_digest"][:16]}`). See
+  `nexus/data/shards/README.md`.
+- **Licence**: the weights are Apache-2.0, like the code; the licences of the data are named above.
+- **Training**: {facts["trained_steps"]:,} steps of {train["batch_size"]} pictures ({seen:,} pictures), seed {train["seed"]}.{start}
+- **The same again**: `nexus train {system} --config nexus/zoo/{name}/config.json --data {described["data"]}{init} --run runs/{name}`
+- **Use**: `nexus sample {system} -m {name} -o out/`
+- **Quality**: `nexus eval {name}` prints it with its protocol{_measured(name)}
+"""
+
+
+def _measured(name: str) -> str:
+    """What `nexus eval NAME -o scripts/measured/NAME.json` wrote for this checkpoint."""
+    file = Path(__file__).parent / "measured" / f"{name}.json"
+    if not file.exists():
+        return "; it has not been measured for this checkpoint."
+    found = json.loads(file.read_text())
+    rows = [f"| {key} | {value['value'] if isinstance(value, dict) else value:.4g} |"
+            for key, value in found["numbers"].items()]
+    facts = ", ".join(f"{key} {value}" for key, value in found["protocol"].items())
+    return "\n".join([":", "", "| number | value |", "|---|---|", *rows, "", f"Protocol: {facts}."])
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ class Middle(nn.Module):
 
 
 class KLEncoder(nn.Module):
-    """Picture x [B, C, H, W] -> features [B, out, H/f, W/f]; `patch` x `patch` pixels are folded into channels first."""
+    """Picture x [B, C, H, W] -> features [B, out, H/f, W/f]; `patch` squared pixels become channels first."""
 
     def __init__(self, channels: int, out: int, widths: tuple[int, ...], blocks: int, *, patch: int,
                  attention: bool, norm: dict):

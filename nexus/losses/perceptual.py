@@ -12,10 +12,11 @@ def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
 def edge_distance(x: Tensor, y: Tensor, scales: int = 3) -> Tensor:
     """Mean |gradient difference| of x and y [B, C, H, W], averaged over `scales` halvings of both: a scalar.
 
-    The gradient difference loss of Mathieu et al. 2016 at several scales; zero when x - y is constant.
+    The gradient difference loss of Mathieu et al. 2016 at several scales; zero when x - y is constant. Sides under
+    two pixels have no neighbours: pictures too small for all scales use fewer.
     """
-    error, total = x - y, x.new_zeros(())
-    for _ in range(scales):
-        total = total + sum(part.abs().mean() for part in gradients(error))
+    error, parts = x - y, [x.new_zeros(())]
+    while len(parts) <= scales and min(error.shape[-2:]) > 1:
+        parts.append(sum(part.abs().mean() for part in gradients(error)))
         error = F.avg_pool2d(error, 2)
-    return total / scales
+    return sum(parts) / max(len(parts) - 1, 1)

@@ -138,7 +138,8 @@ class Diffusion(nn.Module):
 
     def phases(self) -> tuple[Phase, ...]:
         """The network, together with a conditioner that has weights."""
-        trained = self.net if self.conditioner is None else nn.ModuleDict({"net": self.net, "cond": self.conditioner})
+        learns = self.conditioner is not None and any(True for _ in self.conditioner.parameters())
+        trained = nn.ModuleDict({"net": self.net, "cond": self.conditioner}) if learns else self.net
         return (Phase("denoise", trained, self.loss),)
 
     def encode(self, x: Tensor) -> Tensor:

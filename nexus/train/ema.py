@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class EMA:
@@ -16,7 +17,10 @@ class EMA:
         """Move towards `tensors` after the given number of finished steps. Warm-up as in Tarvainen & Valpola 2017."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         floating = [n for n, t in tensors.items() if t.is_floating_point()]
-        torch._foreach_lerp_([self.average[n] for n in floating], [tensors[n].detach() for n in floating], 1 - decay)
+        for cut in (True, False):       # tensors that FSDP2 has cut over the ranks do not mix with whole ones
+            names = [n for n in floating if isinstance(tensors[n], DTensor) == cut]
+            if names:
+                torch._foreach_lerp_([self.average[n] for n in names], [tensors[n].detach() for n in names], 1 - decay)
         for name in tensors.keys() - set(floating):
             self.average[name].copy_(tensors[name])
 

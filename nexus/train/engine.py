@@ -18,7 +18,7 @@ from nexus.train import run as runs
 from nexus.train.args import TrainArgs
 from nexus.train.distributed import World, any_rank, average, average_gradients, barrier
 from nexus.train.optim import lr_scale, set_lr
-from nexus.train.state import TrainState, restore, save
+from nexus.train.state import TrainState, restore, save, whole
 
 MAX_SKIPPED = 10        # non-finite steps left out before --on-nan skip or rollback gives up
 
@@ -49,7 +49,8 @@ class StopFlag:
 def stop_on_signals():
     """A StopFlag that SIGINT, SIGTERM, SIGUSR1 and SIGHUP set, while the block runs."""
     flag = StopFlag()
-    numbers = [signal.SIGINT, signal.SIGTERM, *(getattr(signal, n) for n in ("SIGUSR1", "SIGHUP") if hasattr(signal, n))]
+    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")          # Windows has the first two
+    numbers = [getattr(signal, n) for n in names if hasattr(signal, n)]
     in_main = threading.current_thread() is threading.main_thread()
     old = {n: signal.signal(n, flag) for n in numbers} if in_main else {}
     try:
@@ -118,7 +119,7 @@ def _step(state: TrainState, hooks: Hooks, world: World, device: torch.device) -
             done += 1
             if values is None:
                 if args.on_nan == "stop":
-                    raise DivergedError(f"{phase.name}: the loss or its gradient is not finite at step {state.step + 1}",
+                    raise DivergedError(f"{phase.name}: the loss or its gradient is not finite, step {state.step + 1}",
                                         hint="lower train.lr, or --on-nan rollback; the last checkpoint is intact")
                 return None
         label = "" if len(state.phases) == 1 else f"{phase.name}."
@@ -147,7 +148,7 @@ def _turn(state: TrainState, phase, turn: int, hooks: Hooks, world: World, devic
         for name, value in values.items():
             total[name] = total.get(name, 0) + value.detach().float() / args.accumulate
     average_gradients([p for p in params if not hasattr(p, "device_mesh")], world)
-    norm = nn.utils.clip_grad_norm_(params, args.clip or float("inf"), foreach=True)
+    norm = whole(nn.utils.clip_grad_norm_(params, args.clip or float("inf"), foreach=True))
     numbers = average(torch.stack([*total.values(), norm.detach().float().to(device)]), world).tolist()
     if not all(n == n and abs(n) != float("inf") for n in (numbers[list(total).index("loss")], numbers[-1])):
         return None

@@ -85,7 +85,9 @@ for (const box of document.querySelectorAll('[data-scrub]')) {
 for (const button of document.querySelectorAll('[data-copy]')) button.addEventListener('click', () => {
   const code = button.parentNode.querySelector('code'), range = document.createRange();
   range.selectNodeContents(code); getSelection().removeAllRanges(); getSelection().addRange(range);
-  const told = ok => { button.textContent = ok ? 'Copied' : 'Selected'; setTimeout(() => button.textContent = 'Copy', 1500); };
-  navigator.clipboard ? navigator.clipboard.writeText(code.textContent).then(() => told(true), () => told(false)) : told(false);
+  const told = ok => { button.textContent = ok ? 'Copied' : 'Selected';
+                       setTimeout(() => button.textContent = 'Copy', 1500); };
+  if (!navigator.clipboard) return told(false);
+  navigator.clipboard.writeText(code.textContent).then(() => told(true), () => told(false));
 });
 """

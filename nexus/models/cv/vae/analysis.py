@@ -1,4 +1,4 @@
-"""What a trained VAE knows: its bound, its likelihood, its latent directions and their scale."""
+"""What a trained VAE knows: its bound, its likelihood, its latent directions."""
 
 import math
 from collections.abc import Iterable
@@ -56,20 +56,3 @@ def traverse(system: VAE, image: Tensor, dim: int, values: Iterable[float]) -> T
 def rebuild(system: VAE, x: Tensor) -> Tensor:
     """x [B, C, S, S] -> the posterior means' pictures, in [-1, 1]."""
     return system.picture(system.rebuild(x, None)[0]).clamp(-1, 1)
-
-
-@torch.inference_mode()
-def latent_statistics(system: VAE, batches: Iterable[dict]) -> dict[str, float]:
-    """The `scale` and `shift` that give the codec's posterior means zero mean and unit deviation over `batches`.
-
-    Put them in the configuration (`net.scale`, `net.shift`): latents = (z - shift) * scale.
-    InputError without batches.
-    """
-    count, total, square = 0, 0.0, 0.0
-    for batch in batches:
-        z = system.net.encode(batch["image"])[0].double()
-        count, total, square = count + z.numel(), total + z.sum().item(), square + z.square().sum().item()
-    if not count:
-        raise InputError("latent statistics need at least one batch", hint="is the data set empty?")
-    mean = total / count
-    return {"scale": 1 / math.sqrt(max(square / count - mean**2, 1e-12)), "shift": mean}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nexus.codecs.kl_image import KLConfig
 from nexus.config import Config
+from nexus.errors import InputError
 from nexus.images import read_image
 from nexus.losses.kl import free_bits, kl_standard, log_likelihood, ramp, sample_gaussian
 from nexus.losses.perceptual import edge_distance
@@ -135,7 +136,11 @@ class VAE(nn.Module):
     @torch.inference_mode()
     def generate(self, request: SampleRequest, *, seeds: list[int],
                  watch: Callable[..., Any] | None = None) -> Media:
-        """One picture a seed: a decoded draw of the prior, or a posterior draw of the request's picture."""
+        """One picture a seed: a decoded draw of the prior, or a posterior draw of the request's picture.
+
+        Raises InputError for a prompt, a negative prompt, a mask, or a picture that cannot be read.
+        """
+        refuse(request)
         weight = next(self.net.parameters())
         noise = ItemNoise(seeds).draw(self.config.net.latent_shape).to(weight)
         if request.image is None:
@@ -146,8 +151,18 @@ class VAE(nn.Module):
             output = self.net.decode_raw(sample_gaussian(mean, logvar, noise))
         shown = self.picture(output.float()).clamp(-1, 1)
         if watch is not None:
-            watch(1, 1, shown)
+            watch(0, 1, shown, lambda x: x)
         return Media("image", shown)
+
+
+def refuse(request: SampleRequest) -> None:
+    """InputError for what steers other models and would be ignored here."""
+    for name in ("prompt", "negative_prompt"):
+        if getattr(request, name) is not None:
+            raise InputError(f"this model is unconditional: it takes no {name.replace('_', ' ')}",
+                             hint=f"leave --{name.replace('_', '-')} out")
+    if request.mask is not None:
+        raise InputError("this model rebuilds whole pictures: it takes no mask", hint="leave --mask out")
 
 
 def rate_cost(config: VAEConfig, kl: Tensor, step: int) -> Tensor:
