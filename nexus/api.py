@@ -94,7 +94,8 @@ def record_of(system: torch.nn.Module, request: SampleRequest, seed: int, note: 
 def models() -> list[dict]:
     """Every system with its summary and embedded checkpoint."""
     embedded = checkpoint.zoo_names()
-    rows = [{"system": name, "kind": e.kind, "summary": e.summary, "default": e.default if e.default in embedded else None}
+    rows = [{"system": name, "kind": e.kind, "summary": e.summary,
+             "default": e.default if e.default in embedded else None}
             for name, e in catalog.CATALOG.items()]
     named = {e.default for e in catalog.CATALOG.values()}
     return rows + [{"system": checkpoint.read_description(checkpoint.find(n))["system"], "kind": "image",

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
 from nexus.atomic import write_bytes
-from nexus.errors import InputError, NexusError, UsageError
+from nexus.errors import InputError, UsageError
 
 SCHEMA = "nexus/1"
 READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -39,7 +39,7 @@ def read_image(path: str | os.PathLike | bytes, *, mode: str = "RGB") -> np.ndar
             upright = ImageOps.exif_transpose(image)
             return _plain(upright, mode)
         except _BROKEN as error:
-            raise InputError(f"{name}: the picture is damaged ({_short(error)})", hint="open and save it anew") from None
+            raise InputError(f"{name}: the picture is damaged ({_short(error)})", hint="save it anew") from None
 
 
 _BROKEN = (OSError, ValueError, SyntaxError, IndexError, KeyError, TypeError, OverflowError, EOFError, MemoryError,

@@ -28,7 +28,7 @@ class Row(NamedTuple):
 def read_stdin(what: str, limit: int = FILE_LIMIT) -> bytes:
     """All of standard input; UsageError if it is a terminal, InputError if it is too long."""
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError(f"{what} is to come from standard input, but nothing is piped in", hint="pipe it in, or name it")
+        raise UsageError(f"{what} is to come from standard input, but nothing is piped in", hint="pipe or name it")
     data = sys.stdin.buffer.read(limit + 1)
     if len(data) > limit:
         raise InputError(f"{what} on standard input is over {limit:,} bytes")
@@ -120,7 +120,8 @@ def _row(line: int, value: dict | str, base: Path, path: str) -> Row:
             raise InputError(value)
         return Row(line, *_checked(value, base))
     except NexusError as error:
-        located = InputError(f"{path}:{line}: {str(error).removeprefix('SampleRequest: ')}", hint=error.hint or "nexus help batch")
+        reason = str(error).removeprefix("SampleRequest: ")
+        located = InputError(f"{path}:{line}: {reason}", hint=error.hint or "nexus help batch")
         return Row(line, {}, {}, located)
 
 

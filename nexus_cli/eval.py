@@ -18,7 +18,7 @@ def evaluate(
     what: Annotated[str, typer.Argument(metavar="WHAT", show_default=False,
                                         help="A system, a model (name, run folder, file), or a folder of pictures.")],
     data: Annotated[str | None, option("--data", "-d", metavar="DATA", show_default=False,
-                                       help="The pictures to compare with; default: what the model learnt from.")] = None,
+                                       help="The pictures to compare with; default: what it learnt from.")] = None,
     split: Annotated[str | None, option("--split", parser=parse.one_of("train", "pair", "concept", "all"),
                                         metavar="SPLIT", show_default=False,
                                         help="train, pair (held out, the default), concept or all.")] = None,

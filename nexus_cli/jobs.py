@@ -58,7 +58,8 @@ def place(output: str | None, default: str = DEFAULT) -> Place:
     if output == "" or "\0" in output:
         raise UsageError(f"--output {output!r} is not a file name")
     if output.endswith("/") or os.path.isdir(output):
-        return Place((output.rstrip("/") + "/" if output.strip("/") else "/", *parse_template(name)), Path(output), False)
+        folder = output.rstrip("/") + "/" if output.strip("/") else "/"
+        return Place((folder, *parse_template(name)), Path(output), False)
     template = parse_template(output)
     tail = template[-1]
     if not (isinstance(tail, str) and tail.lower().endswith(ENDINGS)) and getattr(tail, "name", "") != "ext":

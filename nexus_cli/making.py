@@ -252,7 +252,8 @@ class _Work:
         columns = _columns(len(self.kept)) if self.ways.grid == "auto" else self.ways.grid[0]
         first = self.kept[0][0].path
         path = first.with_stem(f"{first.stem}-grid")
-        sheet = images.contact_sheet([image for _, image in self.kept], columns, [str(job.seed) for job, _ in self.kept])
+        pictures, seeds = [image for _, image in self.kept], [str(job.seed) for job, _ in self.kept]
+        sheet = images.contact_sheet(pictures, columns, seeds)
         images.write_image(path, sheet, {"seeds": [job.seed for job, _ in self.kept]}, metadata=self.ways.metadata,
                            exists="overwrite" if self.ways.overwrite else "error")
         self.out.result(str(path), {"status": "ok", "path": str(path), "grid": True})

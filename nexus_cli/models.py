@@ -63,7 +63,8 @@ def model_info(name: Annotated[str, typer.Argument(metavar="NAME|PATH", show_def
 
 
 @app.command("verify", epilog=EXIT_CODES)
-def verify_models(names: Annotated[list[str] | None, typer.Argument(metavar="[NAME|PATH]...", show_default=False)] = None,
+def verify_models(names: Annotated[list[str] | None, typer.Argument(metavar="[NAME|PATH]...",
+                                                                    show_default=False)] = None,
                   json_lines: options.Json = False) -> None:
     """Check every byte of models against their manifests; of all embedded ones without a name."""
     from nexus import api

@@ -19,7 +19,7 @@ class PipeClosedError(NexusError):
 
 
 class Output:
-    """What a command says. `json_lines`: results as JSON objects instead of paths; `raw`: stdout carries media bytes."""
+    """What a command says. `json_lines`: results as JSON objects, not paths; `raw`: stdout carries media bytes."""
 
     def __init__(self, *, json_lines: bool = False, raw: bool = False, quiet: bool = False, verbose: int = 0,
                  progress: str = "auto", color: str = "auto"):
@@ -57,7 +57,8 @@ class Output:
 
     def warn(self, text: str) -> None:
         """A warning on stderr, shown even with -q."""
-        self.console.print(f"warning: {text}", style="" if self.console.no_color else "yellow", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(f"warning: {text}", style="" if self.console.no_color else "yellow", markup=False,
+                           highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
@@ -70,7 +71,8 @@ class Output:
         """Progress over `total` units, in the way that --progress asks for."""
         mode = self.progress
         if mode == "auto":
-            mode = "bar" if self.console.is_terminal and not self.console.is_dumb_terminal else "plain"
+            seen = sys.stderr is not None and sys.stderr.isatty() and not self.console.is_dumb_terminal
+            mode = "bar" if seen else "plain"
         tracker = (_Bar if mode == "bar" else Tracker)(self.console, mode, total, unit)
         try:
             yield tracker
@@ -153,7 +155,8 @@ def complain(message: str, hint: str | None, *, color: str = "auto") -> None:
     """`error:` and `hint:` on stderr."""
     with contextlib.suppress(OSError, ValueError):
         console = stderr_console(color)
-        console.print(f"error: {message}", style="" if console.no_color else "bold red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"error: {message}", style="" if console.no_color else "bold red", markup=False, highlight=False,
+                      soft_wrap=True)
         if hint:
             console.print(f"hint: {hint}", markup=False, highlight=False, soft_wrap=True)
 

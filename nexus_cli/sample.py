@@ -71,7 +71,7 @@ def sample(
     mask: Annotated[str | None, option("--mask", metavar="FILE", panel=START, show_default=False,
                                        help="White is painted anew.")] = None,
     output: Annotated[str | None, option("--output", "-o", metavar="WHERE", panel=FILES, show_default=False,
-                                         help="A file, a folder/, a template, or - ('nexus help output-names').")] = None,
+                                         help="A file, folder/, template, or - ('nexus help output-names').")] = None,
     exists: Annotated[str | None, option("--exists", parser=parse.one_of("skip", "error", "rename", "overwrite"),
                                          metavar="WHAT", panel=FILES, show_default=False,
                                          help="skip, error, rename or overwrite what is there.")] = None,
@@ -98,9 +98,9 @@ def sample(
     verify: Annotated[bool, typer.Option("--verify", rich_help_panel=MANY,
                                          help="Check the hashes of what is done before skipping it.")] = False,
     max_time: Annotated[float | None, option("--max-time", parser=parse.duration, metavar="TIME", panel=MANY,
-                                             show_default=False, help="Stop after 90s, 15m or 3h with code 75.")] = None,
+                                             show_default=False, help="Stop after 90s, 15m, 3h with code 75.")] = None,
     batch_size: options.BatchSize = None,
-    show: Annotated[bool, typer.Option("--show", rich_help_panel=SCREEN, help="Show pictures in the terminal.")] = False,
+    show: Annotated[bool, typer.Option("--show", rich_help_panel=SCREEN, help="Show them in the terminal.")] = False,
     json_lines: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = 0,
@@ -123,7 +123,8 @@ def sample(
         ways = Ways(metadata=not no_metadata, overwrite=force or exists == "overwrite", batch=batch is not None,
                     stop_on_error=on_error == "stop", grid=grid, preview=preview, preview_every=preview_every,
                     show=show, max_time=max_time)
-        asked = planning.Asked(system, planning.short_name(model) if model else system, settings, seeds, seed, num, None if raw else output,
+        asked = planning.Asked(system, planning.short_name(model) if model else system, settings, seeds, seed, num,
+                               None if raw else output,
                                "overwrite" if force else exists)
         if batch is None:
             jobs, ways = _of_flags(asked, ways, raw, out)
@@ -164,7 +165,7 @@ def _check_stdout(flags: dict) -> None:
         raise UsageError("-o - writes one picture: not with --json, --batch, --grid or several seeds",
                          hint="name a folder with / at its end")
     if sys.stdout is None or sys.stdout.isatty():
-        raise UsageError("-o - would write a picture's bytes to the terminal", hint="pipe it on: nexus sample ... -o - > a.png")
+        raise UsageError("-o - would write a picture's bytes to the terminal", hint="nexus sample ... -o - > a.png")
 
 
 def _settings(flags: dict, out: Output, stack: ExitStack) -> tuple[dict, str | None, int | None]:

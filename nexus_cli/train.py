@@ -5,8 +5,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from nexus.atomic import check_target
 from nexus.errors import InputError, ModelError, OutputError
 from nexus_cli import options, parse
@@ -50,11 +48,11 @@ def train(
     save_every: Annotated[int | None, option("--save-every", parser=parse.whole(1, 10**9), metavar="N", panel=RUN,
                                              show_default=False, help="A checkpoint every N steps.")] = None,
     sample_every: Annotated[int | None, option("--sample-every", parser=parse.whole(0, 10**9), metavar="N", panel=RUN,
-                                               show_default=False, help="Samples every N steps; 0 = at the end.")] = None,
+                                               show_default=False, help="Samples every N steps; 0: at end.")] = None,
     keep: Annotated[int | None, option("--keep", parser=parse.whole(1, 1_000_000), metavar="K", panel=RUN,
                                        show_default=False, help="Keep the K newest checkpoints.")] = None,
     max_time: Annotated[float | None, option("--max-time", parser=parse.duration, metavar="TIME", panel=RUN,
-                                             show_default=False, help="Save and stop after 15m or 3h (code 75).")] = None,
+                                             show_default=False, help="Save and stop after 15m, 3h (code 75).")] = None,
     resume: Annotated[str, option("--resume", parser=parse.one_of("auto", "never"), metavar="HOW", panel=RUN,
                                   help="auto, or never: then a run that is there is an error.")] = "auto",
     device: options.Device = "auto",

@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import stat
+from functools import partial
 
 import pytest
 
@@ -78,7 +79,7 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new(tmp_path, act, exists, old
         folder = tmp_path / str(number)
         folder.mkdir()
         prepare(folder, old)
-        if not killed(lambda: act(folder, exists), f"any:{number}:kill"):
+        if not killed(partial(act, folder, exists), f"any:{number}:kill"):
             break
         index = 0 if act is write_file else 1
         allowed = {"old", "new"} if old else {"none", "new"}
@@ -144,7 +145,8 @@ def test_an_existing_file_is_never_replaced_in_a_race(tmp_path):
 
 
 @pytest.mark.parametrize("path,why", [
-    ("\0", "NUL"), ("x" * 300, "too long"), ("file/b", "is not a folder"), ("folder", "exists already"), ("file", "exists"),
+    ("\0", "NUL"), ("x" * 300, "too long"), ("file/b", "is not a folder"), ("folder", "exists already"), ("file",
+                                                                                                          "exists"),
 ])
 def test_impossible_targets(tmp_path, path, why):
     (tmp_path / "file").write_bytes(b"")

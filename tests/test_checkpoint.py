@@ -189,8 +189,11 @@ def test_deleting_the_training_state_makes_a_release(model, tmp_path):
 
 @pytest.mark.parametrize("description", [
     {"system": "nope", "config": {}}, {"system": "vae", "config": {"nope": 1}}, {"system": "vae", "config": []},
-    {"system": 3, "config": {}}, {"config": {}}, {}, [], None, "vae", {"system": "vae", "config": {"net": {"kind": "x"}}},
-    {"system": "os:system", "config": {}}, {"system": "vae", "config": {"net": {"kind": "conv", "size": 2**40}}}, {"system": "vae", "config": {"beta": "x" * 100_000}}])
+    {"system": 3, "config": {}}, {"config": {}}, {}, [], None, "vae",
+    {"system": "vae", "config": {"net": {"kind": "x"}}},
+    {"system": "os:system", "config": {}},
+    {"system": "vae", "config": {"net": {"kind": "conv", "size": 2**40}}},
+    {"system": "vae", "config": {"beta": "x" * 100_000}}])
 def test_a_description_of_nothing_is_refused(model, tmp_path, description):
     (tmp_path / "m").mkdir()
     (tmp_path / "m/config.json").write_text(json.dumps(description))
@@ -255,12 +258,15 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 
 
 HEADERS = [
-    {"a": entry(offsets=(0, 16))}, {"a": entry(offsets=(8, 0))}, {"a": entry(offsets=(-8, 0))}, {"a": entry(shape=(3,))},
+    {"a": entry(offsets=(0, 16))}, {"a": entry(offsets=(8, 0))}, {"a": entry(offsets=(-8, 0))},
+    {"a": entry(shape=(3,))},
     {"a": entry(), "b": entry()}, {"a": entry(offsets=(0, 4), shape=(1,)), "b": entry(offsets=(8, 12), shape=(1,))},
-    {"a": entry(dtype="F33")}, {"a": entry(dtype=None)}, {"a": entry(shape=(2**63, 2))}, {"a": entry(shape=(2**32, 2**32))},
+    {"a": entry(dtype="F33")}, {"a": entry(dtype=None)}, {"a": entry(shape=(2**63, 2))},
+    {"a": entry(shape=(2**32, 2**32))},
     {"a": entry(shape=(-2,))}, {"a": entry(shape=(2**64,))}, {"a": entry(shape=(1.5,))}, {"a": entry(shape=("2",))},
     {"a": {"dtype": "F32"}}, {"a": 3}, {"a": None}, [], 3, "x", None, {"__metadata__": {"a": 1}}, {"__metadata__": []},
-    {"a": entry(offsets=(0,))}, {"a": entry(offsets=(0, 2**64 - 1))}, b"", b"{", b"{}{}", b"\xff" * 9, b"{\"a\":" * 1000,
+    {"a": entry(offsets=(0,))}, {"a": entry(offsets=(0, 2**64 - 1))}, b"", b"{", b"{}{}", b"\xff" * 9,
+    b"{\"a\":" * 1000,
     b"[" * 100_000, b'{"a":' * 100_000, b"\0" * 64, b" " * 64, b'{"a":NaN}', b'{"a":1e999}', b'{"a":"\\ud800"}']
 
 
@@ -301,7 +307,8 @@ def mutated(data, draw):
     elif kind == 4:
         data[:8] = struct.pack("<Q", draw.choice([draw.getrandbits(64), draw.randrange(2 * head), len(data) - 8]))
     else:
-        data[at:at + draw.randint(0, 3)] = draw.choice([b"18446744073709551615", b"-1", b'"', b"}", b"1e400", b"\\u0000"])
+        splices = [b"18446744073709551615", b"-1", b'"', b"}", b"1e400", b"\\u0000"]
+        data[at:at + draw.randint(0, 3)] = draw.choice(splices)
     return bytes(data)
 
 

@@ -78,7 +78,8 @@ def test_overrides_are_applied_in_order():
 
 @pytest.mark.parametrize("text, message, hint", [
     ("count", "KEY=VALUE", "--set"), ("cuont=3", "cuont", "count"), ("part.sied=3", "sied", "side"),
-    ("prt.side=3", "prt", "part"), ("count.side=3", "count", ""), ("count=many", "count", ""), ("count=-1", "count", ""),
+    ("prt.side=3", "prt", "part"), ("count.side=3", "count", ""), ("count=many", "count", ""),
+    ("count=-1", "count", ""),
     ("count=1.5", "count", ""), ("part.kind=star", "part", ""), ("limit=NaN?", "limit", ""), ("=3", "''", "")])
 def test_a_wrong_override_is_named(text, message, hint):
     with pytest.raises(InputError) as caught:

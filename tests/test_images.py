@@ -15,8 +15,10 @@ from PIL import Image, PngImagePlugin
 from nexus import images
 from nexus.errors import InputError, OutputError, UsageError
 
-PROMPTS = ["", " ", "a cat", "😀🏳️‍🌈", "漢字", "مرحبا", "e\u0301", "\0", "a\0b", "\ud800", "x\udcffy", "<script>alert(1)</script>",
-           '{"a": "}"}', "%s%n", "$(rm -rf /)", "a\nNegative prompt: b\nSteps: 9", "\x1b[31m", "\u202e", "x" * 10_000, "'\"`\\",
+PROMPTS = ["", " ", "a cat", "😀🏳️‍🌈", "漢字", "مرحبا", "e\u0301", "\0", "a\0b", "\ud800", "x\udcffy",
+           "<script>alert(1)</script>",
+           '{"a": "}"}', "%s%n", "$(rm -rf /)", "a\nNegative prompt: b\nSteps: 9", "\x1b[31m", "\u202e", "x" * 10_000,
+           "'\"`\\",
            "é" * 5000, "\r\n", "\ufeff", "\uffff"]
 
 
@@ -28,7 +30,8 @@ def picture():
 @pytest.mark.parametrize("ending", images.FORMATS)
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_record_comes_back_exactly(tmp_path, picture, ending, prompt):
-    record = {"prompt": prompt, "negative_prompt": prompt, "seed": 2**63 - 1, "steps": 20, "guidance": 0.1, "none": None}
+    record = {"prompt": prompt, "negative_prompt": prompt, "seed": 2**63 - 1, "steps": 20, "guidance": 0.1,
+              "none": None}
     path = images.write_image(tmp_path / f"a{ending}", picture, record)
     assert images.read_record(path) == {"schema": images.SCHEMA, **record}
 
@@ -136,12 +139,15 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 def bomb(width: int, height: int) -> bytes:
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND",
+                                                                                                             b"")
 
 
 @pytest.mark.parametrize("data", [
-    b"", b"\0", b"<html>hello</html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"RIFF\0\0\0\0WEBP", b"BM" + b"\0" * 60,
-    bomb(60_000, 60_000), bomb(2**31 - 1, 2**31 - 1), bomb(40_000, 10), bomb(0, 0), b"%PDF-1.4", b"%!PS-Adobe-3.0 EPSF-3.0",
+    b"", b"\0", b"<html>hello</html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"RIFF\0\0\0\0WEBP",
+    b"BM" + b"\0" * 60,
+    bomb(60_000, 60_000), bomb(2**31 - 1, 2**31 - 1), bomb(40_000, 10), bomb(0, 0), b"%PDF-1.4",
+    b"%!PS-Adobe-3.0 EPSF-3.0",
     b"P6 9999999 9999999 255\n", b"\0" * 10_000,
 ])
 def test_what_is_no_picture_is_refused(data):

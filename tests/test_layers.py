@@ -202,5 +202,6 @@ def test_functions_are_short():
 def test_every_file_says_what_it_is(name):
     if FILES[name].read_text("utf-8").strip():
         assert ast.get_docstring(TREES[name]), f"{name} has no docstring"
-    public = [n for n in TREES[name].body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+    public = [n for n in TREES[name].body
+              if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
     none_of([f"{name}:{n.lineno} {n.name} has no docstring" for n in public if not ast.get_docstring(n)])

@@ -40,7 +40,8 @@ def test_fields():
 @pytest.mark.parametrize("text,expected", [
     ("A cat, on a mat", "A-cat,-on-a-mat"), ("../../etc/passwd", "etc-passwd"), ("...", "untitled"), ("", "untitled"),
     ("CON", "CON_"), ("nul.txt", "_nul.txt"), ("com1", "com1_"), (" -rf /", "rf"), ("a\0b\x1b[31m", "ab[31m"),
-    ("\u202egnp.exe", "gnp.exe"), ("ｆｕｌｌ", "full"), ("a  \t\n b", "a-b"), ("x" * 300, "x" * 120), ("漢" * 100, "漢" * 40),
+    ("\u202egnp.exe", "gnp.exe"), ("ｆｕｌｌ", "full"), ("a  \t\n b", "a-b"),
+    ("x" * 300, "x" * 120), ("漢" * 100, "漢" * 40),
     ("\ud800", "untitled"), ("a.", "a"), ("C:\\x", "C-x"), ("😀", "😀"),
 ])
 def test_slugs(text, expected):
@@ -71,9 +72,11 @@ def test_a_template_renders_or_is_refused(template, prompt):
     assert fields_of(parts) <= set(FIELDS)
 
 
-TRAVERSALS = ["../a", "a/../../b", "/etc/passwd", "a/../b", "C:/a", "C:\\a", "\\\\host\\a", "a\\..\\b", "~/a", "./a", "a//b",
+TRAVERSALS = ["../a", "a/../../b", "/etc/passwd", "a/../b", "C:/a", "C:\\a", "\\\\host\\a", "a\\..\\b", "~/a", "./a",
+              "a//b",
               "a/", "/", "", ".", "..", "con", "a/nul.png", "COM1.png", "a.", "a ", "a/b ./c", "a\0b", "a\nb", "%00\0",
-              "\u202egnp.a", "\u200b", "a/" + "x" * 256, "漢" * 100, ".hidden", "a/.b", "-rf", "a:b", "a*b", "a?", "a|b",
+              "\u202egnp.a", "\u200b", "a/" + "x" * 256, "漢" * 100, ".hidden", "a/.b", "-rf", "a:b", "a*b", "a?",
+              "a|b",
               "<a>", '"a"', "\ud800", "aux.tar.gz", "a/../../../../../../tmp/x", "lpt¹.png"]
 
 

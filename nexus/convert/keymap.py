@@ -69,7 +69,7 @@ def _regroup(x: Tensor, outer: int, inner: int) -> Tensor:
 
 
 def to_native(table: list[Row], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Foreign state dict -> native. Every foreign key is used exactly once; a left-over or missing one is a ModelError."""
+    """Foreign state dict -> native. Every key is used exactly once; a left-over or missing one is a ModelError."""
     left, out = dict(state), {}
     for row in table:
         parts = _foreign(row)

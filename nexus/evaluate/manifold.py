@@ -30,6 +30,6 @@ def precision_recall(real: Tensor, made: Tensor, k: int = 3) -> tuple[Tensor, Te
 
 
 def density_coverage(real: Tensor, made: Tensor, k: int = 5) -> tuple[Tensor, Tensor]:
-    """In how many real radii each made picture lies, over k [M]; has each real one any made one [N]. Naeem et al. 2020."""
+    """In how many real radii a made picture lies, over k [M]; is a made one in each real's [N]. Naeem et al. 2020."""
     inside = distances(real, made) <= radii(real, k)[:, None]
     return inside.double().sum(0) / k, inside.any(1).double()

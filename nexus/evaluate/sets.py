@@ -1,4 +1,4 @@
-"""What the numbers on a set of generated pictures are: distances, overlap, captions, and real pictures as a yardstick.
+"""The numbers on a set of generated pictures: distance, overlap, captions, and real pictures as a yardstick.
 
 All take features [N, D]; the names are those of the report.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from nexus.evaluate import captions
 from nexus.evaluate.bootstrap import mean_interval, normal_interval
 from nexus.evaluate.frechet import frechet
-from nexus.evaluate.kernel import kid
+from nexus.evaluate.kernel import FEWEST, kid
 from nexus.evaluate.manifold import density_coverage, distances, precision_recall
 from nexus.rng import generator
 
@@ -37,28 +37,36 @@ def compare(real: Tensor, made: Tensor, seed: int) -> Numbers:
 def yardstick(real: Tensor, style_ids: Tensor, styles: tuple[str, ...], seed: int) -> Numbers:
     """The kernel distance of real pictures from real ones: two random halves, and each style from each other."""
     found: Numbers = {}
-    if len(real) >= 6:
+    if len(real) >= 2 * FEWEST:
         order = torch.randperm(len(real), generator=generator(seed, "halves"))
         halves = real[order[:len(real) // 2]], real[order[len(real) // 2:]]
         found["real kid, two halves"] = normal_interval(*kid(*halves))
     parts = {name: real[style_ids == i] for i, name in enumerate(styles)}
     for (name, x), (other, y) in combinations(parts.items(), 2):
-        if min(len(x), len(y)) >= 3:
+        if min(len(x), len(y)) >= FEWEST:
             found[f"real kid, {name} from {other}"] = normal_interval(*kid(x, y))
     return found
 
 
-def caption_scores(probe: captions.Probe, x: Tensor, labels: Tensor, seed: int, prefix: str = "") -> Numbers:
-    """Is the right caption the nearest, or among the nearest five, of all captions."""
+def read_by(probe: captions.Probe, x: Tensor, labels: Tensor, style_ids: Tensor, seed: int) -> Numbers:
+    """Is the right caption the nearest of all, or among five; is the style the right one; is it both.
+
+    The last one matters: a training picture of the concept in another style is read better than any new picture,
+    for the probe has seen it, but its style is wrong.
+    """
     rank = captions.ranks(probe, x, labels)
-    return {f"{prefix}caption top-{k}": mean_interval((rank < k).double(), seed) for k in (1, 5)}
+    hits = {f"caption top-{k}": (rank < k).double() for k in (1, 5)}
+    if probe.styles.weight.shape[1] > 1:
+        hits["style"] = captions.style_hits(probe, x, style_ids)
+        hits["caption top-5 and style"] = hits["caption top-5"] * hits["style"]
+    return {name: mean_interval(each, seed) for name, each in hits.items()}
 
 
-def style_scores(probe: captions.Probe, x: Tensor, style_ids: Tensor, seed: int, prefix: str = "") -> Numbers:
-    """Is the style that the probe sees the one asked for; nothing when the data has one style only."""
-    if probe.styles.weight.shape[1] < 2:
-        return {}
-    return {f"{prefix}style": mean_interval(captions.style_hits(probe, x, style_ids), seed)}
+def beside_real(made: Numbers, real: Numbers) -> Numbers:
+    """`made`, then `real` with its names marked, then the shares of real (none where real has 0)."""
+    shares = {f"{name}, share of real": made[name]["value"] / each["value"] for name, each in real.items()
+              if each["value"] > 0}
+    return {**made, **{f"real {name}": each for name, each in real.items()}, **shares}
 
 
 def near_copies(train: Tensor, real: Tensor, made: Tensor, seed: int) -> Numbers:
@@ -67,4 +75,4 @@ def near_copies(train: Tensor, real: Tensor, made: Tensor, seed: int) -> Numbers
     A model that has learnt the distribution gives about 0.05, one that repeats its training pictures gives 1.
     """
     bound = torch.quantile(distances(real, train).amin(1), NEAR)
-    return {"near-copies of training pictures": mean_interval((distances(made, train).amin(1) <= bound).double(), seed)}
+    return {"near-copies of training": mean_interval((distances(made, train).amin(1) <= bound).double(), seed)}

@@ -63,6 +63,7 @@ td.number,th.number{text-align:right}
 .settings{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(320px,100%),1fr));gap:14px;align-items:start}
 .settings td:last-child{word-break:break-word}
 a{color:var(--accent)}
+@media(max-width:640px){.wide .curve text{font-size:19px}}
 @media print{.scrub,button{display:none}}
 """
 

@@ -19,7 +19,8 @@ def nexus(tmp_path_factory):
     state = tmp_path_factory.mktemp("state")
 
     def call(*arguments, cwd=None, env=None, stdin=b"", wait=True):
-        surroundings = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(state),
+        surroundings = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1",
+                        "XDG_STATE_HOME": str(state),
                         "COLUMNS": "100", **(env or {})}
         command = [sys.executable, "-m", "nexus_cli", *(a if isinstance(a, bytes) else str(a) for a in arguments)]
         if not wait:
@@ -31,7 +32,7 @@ def nexus(tmp_path_factory):
 
 WARM = """
 import json, os, sys
-import nexus.api
+import nexus.api, nexus.images, nexus.models.diffusion.base_diffusion, rich.console, typer.main
 from nexus_cli.main import main
 commands, answers = os.fdopen(int(sys.argv[1])), os.fdopen(int(sys.argv[2]), "w", buffering=1)
 for line in commands:
@@ -43,7 +44,10 @@ for line in commands:
         sys.stdin = open(0, closefd=False)
         os.chdir(job["cwd"])
         os.environ.update(job["env"])
-        main([os.fsdecode(bytes.fromhex(word)) for word in job["arguments"]])
+        try:
+            main([os.fsdecode(bytes.fromhex(word)) for word in job["arguments"]])
+        except SystemExit as end:
+            os._exit(end.code)                          # main has flushed; taking torch apart costs a second
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers)
 """
 
@@ -54,7 +58,8 @@ def warm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("warm")
     (read, command), (answer, write) = os.pipe(), os.pipe()
     surroundings = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(folder)}
-    server = subprocess.Popen([sys.executable, "-c", WARM, str(read), str(write)], pass_fds=(read, write), env=surroundings)
+    server = subprocess.Popen([sys.executable, "-c", WARM, str(read), str(write)], pass_fds=(read, write),
+                              env=surroundings)
     os.close(read)
     os.close(write)
     commands, answers = os.fdopen(command, "w", buffering=1), os.fdopen(answer)

@@ -15,13 +15,15 @@ from nexus_cli.main import main
 ASKED = planning.Asked("ddpm", "ddpm", {}, None, None, 1, None, None)
 JSON_BAD = [
     "{", "[]", "1", '"a"', "null", "true", "{,}", '{"prompt": "a",}', "{'prompt': 'a'}", '{"prompt": "a"} x',
-    '{"prompt": "a"}{"prompt": "b"}', '{"prompt": 1}', '{"prompt": ["a"]}', '{"promt": "a"}', '{"prompt": "a", "prompt": "b"}',
+    '{"prompt": "a"}{"prompt": "b"}', '{"prompt": 1}', '{"prompt": ["a"]}', '{"promt": "a"}',
+    '{"prompt": "a", "prompt": "b"}',
     '{"steps": NaN}', '{"steps": Infinity}', '{"steps": 1e400}', '{"steps": -1}', '{"steps": 0}', '{"steps": 1.5}',
     '{"steps": true}', '{"steps": "x"}', '{"steps": []}', '{"steps": {}}', '{"guidance": -0.1}', '{"guidance": "inf"}',
     '{"eta": 2}', '{"sampler": "nothing"}', '{"width": 99999999}', '{"seed": -1}', '{"seed": 1.5}',
     '{"seed": 9223372036854775808}', '{"seed": "１"}', '{"num": 0}', '{"num": "1e3"}', '{"id": ""}', '{"id": []}',
     '{"output": 1.5}', '{"image": "none.png"}', '{"image": "a\\u0000b"}', '{"guidance_interval": "0.5"}',
-    '{"guidance_interval": [0, "x"]}', "[" * 100_000, '{"a":' * 5000, '{"prompt": "' + "x" * 10_001 + '"}', '{"strength": 2}',
+    '{"guidance_interval": [0, "x"]}', "[" * 100_000, '{"a":' * 5000, '{"prompt": "' + "x" * 10_001 + '"}',
+    '{"strength": 2}',
     '{"prompt": "a\tb"}', '{"prompt": "\x01"}',
 ]
 
@@ -46,8 +48,10 @@ def test_a_bad_line_is_named(tmp_path, line):
 
 
 @pytest.mark.parametrize("text", [
-    b"prompt,prompt\na,b\n", b"prompt,steps\na,x\n", b"promt\na\n", b"prompt\na,b\n", b'prompt\n"a\n', b"prompt,seed\na,-1\n",
-    b"prompt,steps\na,1e3\n", b"prompt,guidance\na,nan\n", b"prompt\n", b"", b"\xff\xfe\n", b"prompt,output\na,../x.png\n",
+    b"prompt,prompt\na,b\n", b"prompt,steps\na,x\n", b"promt\na\n", b"prompt\na,b\n", b'prompt\n"a\n',
+    b"prompt,seed\na,-1\n",
+    b"prompt,steps\na,1e3\n", b"prompt,guidance\na,nan\n", b"prompt\n", b"", b"\xff\xfe\n",
+    b"prompt,output\na,../x.png\n",
 ])
 def test_bad_tables(tmp_path, text):
     path = tmp_path / "b.csv"
@@ -56,10 +60,14 @@ def test_bad_tables(tmp_path, text):
 
 
 @pytest.mark.parametrize("name,text,prompts", [
-    ("b.txt", "a\n\n b \n", ["a", "b"]), ("b.txt", "a\r\nb", ["a", "b"]), ("b.txt", "\ufeffa\n", ["a"]), ("b.txt", "a\0b\n", ["ab"]),
-    ("b.txt", "{\n", ["{"]), ("b.jsonl", '{"prompt": "a\\nb"}', ["a\nb"]), ("b.jsonl", '\ufeff{"prompt": "a"}\r\n', ["a"]),
+    ("b.txt", "a\n\n b \n", ["a", "b"]), ("b.txt", "a\r\nb", ["a", "b"]), ("b.txt", "\ufeffa\n", ["a"]), ("b.txt",
+                                                                                                          "a\0b\n",
+                                                                                                          ["ab"]),
+    ("b.txt", "{\n", ["{"]), ("b.jsonl", '{"prompt": "a\\nb"}', ["a\nb"]), ("b.jsonl", '\ufeff{"prompt": "a"}\r\n',
+                                                                            ["a"]),
     ("b.csv", 'prompt,steps\n"a, ""b""\nc",3\n', ['a, "b"\nc']), ("b.tsv", "prompt\tsteps\na\t\n", ["a"]),
-    ("b.csv", "\ufeffprompt\r\na\r\n", ["a"]), ("b.csv", "prompt,steps\na\n", ["a"]), ("b.ndjson", '{"prompt":"\\ud800"}', ["?"]),
+    ("b.csv", "\ufeffprompt\r\na\r\n", ["a"]), ("b.csv", "prompt,steps\na\n", ["a"]), ("b.ndjson",
+                                                                                       '{"prompt":"\\ud800"}', ["?"]),
     ("b.txt", "a\x0cb\u2028c", ["ab\u2028c"]),
 ])
 def test_good_files(tmp_path, name, text, prompts):
@@ -79,18 +87,22 @@ def test_any_bytes_give_rows_or_an_error(tmp_path_factory, data, name):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from(["prompt", "steps", "seed", "num", "id", "output", "eta", "image", "sampler", "x"]),
+@given(st.dictionaries(st.sampled_from(["prompt", "steps", "seed", "num", "id", "output", "eta", "image", "sampler",
+                                        "x"]),
                        st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
                                     lambda inner: st.lists(inner, max_size=2), max_leaves=3), max_size=4))
 def test_any_row_gives_a_plan_or_an_error(tmp_path_factory, row):
     path = tmp_path_factory.getbasetemp() / "row.jsonl"
-    path.write_text(json.dumps({**row, "num": row.get("num") if not isinstance(row.get("num"), int) else row["num"] % 9}))
+    path.write_text(json.dumps({**row, "num": row.get("num") if not isinstance(row.get("num"),
+                                                                               int) else row["num"] % 9}))
     found = problem(path)
     assert found == "" or found.startswith("3 ")
 
 
-@pytest.mark.parametrize("output", ["../a.png", "/tmp/a.png", "a/../../b.png", "C:\\a.png", "C:/a.png", "\\\\h\\a.png", "~/a.png",
-                                    "con.png", "a.png.", "a\u202egnp.png", ".a.png", "a.exe", "a", "x" * 300 + ".png", "a/.png",
+@pytest.mark.parametrize("output", ["../a.png", "/tmp/a.png", "a/../../b.png", "C:\\a.png", "C:/a.png",
+                                    "\\\\h\\a.png", "~/a.png",
+                                    "con.png", "a.png.", "a\u202egnp.png", ".a.png", "a.exe", "a", "x" * 300 + ".png",
+                                    "a/.png",
                                     "%2e%2e/../a.png", "-a.png", "a\nb.png"])
 def test_a_row_cannot_leave_the_output_folder(tmp_path, output):
     path = tmp_path / "b.jsonl"
@@ -106,7 +118,8 @@ def test_a_link_in_the_output_folder_is_not_followed_outside(tmp_path):
 
 
 @pytest.mark.parametrize("lines,said", [
-    (['{"id": "a"}', '{"id": "a"}'], "same id"), (['{"output": "a.png"}', '{"output": "a.png", "seed": 1}'], "same output"),
+    (['{"id": "a"}', '{"id": "a"}'], "same id"), (['{"output": "a.png"}', '{"output": "a.png", "seed": 1}'],
+                                                  "same output"),
     (['{"output": "a-0.png"}', '{"output": "a.png", "num": 2}'], "same output"),
     (['{"id": "a/b"}', '{"id": "a:b"}'], "same output"), (['{"image": "in.png", "output": "in.png"}'], "is an input"),
 ])
@@ -158,7 +171,8 @@ def test_a_limit_counts_what_is_left():
 
 
 @pytest.mark.parametrize("output,root,exact", [
-    (None, "outputs", False), ("a.png", ".", True), ("o/a.png", "o", True), ("o/", "o", False), ("o/{n}.png", "o", False),
+    (None, "outputs", False), ("a.png", ".", True), ("o/a.png", "o", True), ("o/", "o", False), ("o/{n}.png", "o",
+                                                                                                 False),
     ("{seed}.{ext}", ".", False), ("o-{n}/a.png", ".", False), ("/x/y-%03d.webp", "/x", False), ("a.{ext}", ".", True),
     ("{{a}}/", "{{a}}", False),
 ])

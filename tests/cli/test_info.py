@@ -2,12 +2,14 @@
 
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nexus.images import write_image
 
+REPOSITORY = Path(__file__).parents[2]
 PICTURE = np.zeros((8, 9, 3), np.uint8)
 
 
@@ -20,7 +22,8 @@ def test_the_record_of_a_picture(nexus, tmp_path):
     write_image(tmp_path / "a.png", PICTURE, {"prompt": "a\x1b[31m b", "seed": 3})
     write_image(tmp_path / "b.jpg", PICTURE)
     done = nexus("info", "a.png", cwd=tmp_path)
-    assert done.returncode == 0 and b"seed: 3" in done.stdout and b"picture: 9x8" in done.stdout and b"\x1b" not in done.stdout
+    assert done.returncode == 0 and b"\x1b" not in done.stdout
+    assert b"seed: 3" in done.stdout and b"picture: 9x8" in done.stdout
     both = nexus("info", "a.png", "b.jpg", "--json", cwd=tmp_path)
     assert [json.loads(line)["path"] for line in both.stdout.splitlines()] == ["a.png", "b.jpg"]
 
@@ -33,7 +36,8 @@ def test_one_unreadable_file_is_told_and_the_rest_shown(nexus, tmp_path):
 
 
 @pytest.mark.parametrize("data", [
-    b"", b"\xff" * 8, header({}, 0), header({}, 2**63), header({}, 17 * 2**20), header(b"{"), header([]), header({"a": 1}),
+    b"", b"\xff" * 8, header({}, 0), header({}, 2**63), header({}, 17 * 2**20), header(b"{"), header([]),
+    header({"a": 1}),
     header({"a": {}}), header(b"[" * 100_000), header({"__metadata__": {"nexus": "{"}}), header({"__metadata__": []}),
 ])
 def test_damaged_model_files(nexus, tmp_path, data):
@@ -60,8 +64,8 @@ def test_a_gallery_escapes_everything_and_repeats_exactly(nexus, tmp_path):
     hostile = "<script>alert(1)</script>\"'&\ud800\0"
     for name in ("a.png", "b 'c'.png", "{x}.png"):
         write_image(folder / name, PICTURE, {"prompt": hostile, "seed": 1, "model": hostile})
-    (folder / "manifest.jsonl").write_text(json.dumps({"status": "failed", "id": hostile, "error": {"message": hostile}}) + "\n"
-                                           + json.dumps({"status": "failed", "error": 3}) + "\n")
+    failed = [{"status": "failed", "id": hostile, "error": {"message": hostile}}, {"status": "failed", "error": 3}]
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in failed))
     done = nexus("gallery", folder, "--sheet", tmp_path / "sheet.png")
     assert done.returncode == 0, done.stderr.decode()
     page = (folder / "index.html").read_bytes()
@@ -75,7 +79,6 @@ def test_an_internal_error_has_one_line_and_a_log(nexus, tmp_path):
     (tmp_path / "nexus_fault.py").write_text("import nexus.images\nnexus.images.read_record = lambda path: 1 / 0\n")
     (tmp_path / "sitecustomize.py").write_text("import nexus_fault\n")
     write_image(tmp_path / "a.png", PICTURE)
-    from tests.cli.conftest import REPOSITORY
     path = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
     done = nexus("info", "a.png", cwd=tmp_path, env=path)
     text = done.stderr.decode()

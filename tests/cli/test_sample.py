@@ -75,7 +75,8 @@ def test_existing_files(sample, tmp_path):
 
 
 def test_grid_preview_and_no_metadata(sample, tmp_path):
-    done = sample("-s", 1, "-N", 3, "-o", "o/{n}.png", "--grid", "--preview", "p.png", "--preview-every", 1, "--no-metadata",
+    done = sample("-s", 1, "-N", 3, "-o", "o/{n}.png", "--grid", "--preview", "p.png", "--preview-every", 1,
+                  "--no-metadata",
                   "-p", "secret words", cwd=tmp_path)
     if done.returncode != 0:                            # an unconditional model may refuse the prompt
         assert done.returncode == 3
@@ -161,7 +162,8 @@ def test_max_time_stops_between_pictures(sample, tmp_path):
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_whole_files(nexus, trained, tmp_path, number, code):
-    running = nexus("sample", "ddpm", "-m", trained, "--steps", 2, "-N", 100_000, "-s", 1, "-o", "o/{n}.png", "--device",
+    running = nexus("sample", "ddpm", "-m", trained, "--steps", 2, "-N", 100_000, "-s", 1, "-o", "o/{n}.png",
+                    "--device",
                     "cpu", cwd=tmp_path, wait=False)
     while not (tmp_path / "o" / "manifest.jsonl").exists() and running.poll() is None:
         time.sleep(0.02)
@@ -175,7 +177,8 @@ def test_a_signal_leaves_whole_files(nexus, trained, tmp_path, number, code):
 
 
 def test_a_reader_that_leaves_ends_it_quietly(nexus, trained, tmp_path):
-    running = nexus("sample", "ddpm", "-m", trained, "--steps", 2, "-N", 100_000, "-s", 1, "-o", "o/{n}.png", "--device",
+    running = nexus("sample", "ddpm", "-m", trained, "--steps", 2, "-N", 100_000, "-s", 1, "-o", "o/{n}.png",
+                    "--device",
                     "cpu", cwd=tmp_path, wait=False)
     assert running.stdout.readline() == b"o/1.png\n"
     running.stdout.close()
@@ -183,7 +186,8 @@ def test_a_reader_that_leaves_ends_it_quietly(nexus, trained, tmp_path):
     assert running.wait(60) == 141 and "Traceback" not in errors and "error" not in errors
 
 
-@pytest.mark.parametrize("prompt", [b"", b" ", "😀".encode(), "مرحبا".encode(), b"\xff\xfe", b"{}%s$(id)", b"<b>&\"'", b"a\nb",
+@pytest.mark.parametrize("prompt", [b"", b" ", "😀".encode(), "مرحبا".encode(), b"\xff\xfe", b"{}%s$(id)", b"<b>&\"'",
+                                    b"a\nb",
                                     b"../../x", b"x" * 10_000])
 def test_any_prompt_gives_a_picture_or_code_3(sample, tmp_path, prompt):
     done = sample("-s", 1, "-p", prompt, "-o", "{n}-{prompt}.png", cwd=tmp_path)
@@ -193,7 +197,8 @@ def test_any_prompt_gives_a_picture_or_code_3(sample, tmp_path, prompt):
 
 
 def test_a_plan_is_what_the_run_does(sample, rows):
-    planned = [json.loads(line) for line in sample("-b", "b.jsonl", "-o", "o/", "--dry-run", "--json", cwd=rows).stdout.splitlines()]
+    planned = [json.loads(line) for line in sample("-b", "b.jsonl", "-o", "o/", "--dry-run", "--json",
+                                                   cwd=rows).stdout.splitlines()]
     assert not (rows / "o").exists()
     made = [json.loads(line) for line in sample("-b", "b.jsonl", "-o", "o/", "--json", cwd=rows).stdout.splitlines()]
     assert [(p["id"], p["path"], p["seed"]) for p in planned] == [(m["id"], m["path"], m["seed"]) for m in made]

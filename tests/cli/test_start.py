@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import REPOSITORY
-
+REPOSITORY = Path(__file__).parents[2]
 COMMANDS = ("train", "sample", "convert", "eval", "models", "info", "gallery", "doctor", "help")
 HEAVY = ("torch", "PIL", "numpy", "safetensors")
 
@@ -62,7 +62,8 @@ def test_every_command_has_help(nexus):
     (("sample", "ddpm", "--stepz", "3"), "did you mean --steps?"), (("sampel",), "Did you mean 'sample'?"),
     (("sample", "dppm"), "did you mean 'ddpm'?"), (("sample", "ddpm", "--sampler", "dimm"), "ddim"),
     (("sample", "ddpm", "-s", "1", "--seeds", "1"), "cannot be given together"),
-    (("sample", "ddpm", "--strength", "0.5"), "needs --image"), (("sample", "ddpm", "-o", "-", "-N", "2"), "one picture"),
+    (("sample", "ddpm", "--strength", "0.5"), "needs --image"), (("sample", "ddpm", "-o", "-", "-N", "2"),
+                                                                 "one picture"),
     (("sample", "ddpm", "-p", "-", "-b", "-"), "only one of"), (("sample", "ddpm", "-N", "2", "-o", "a.png"), "{n}"),
 ])
 def test_a_mistake_has_one_line_and_a_next_step(nexus, tmp_path, arguments, said):
@@ -87,7 +88,8 @@ def test_colour_is_asked_for(nexus, environment, arguments, ansi):
     assert (b"\x1b[" in done.stderr) == ansi
 
 
-@pytest.mark.parametrize("environment", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+@pytest.mark.parametrize("environment", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C",
+                                                                                          "PYTHONUTF8": "0"}])
 def test_any_locale_can_show_any_text(nexus, tmp_path, environment):
     done = nexus("sample", "ddpm", "-p", "😀".encode(), "-s", "1", "-o", "{prompt}.png", "--dry-run", cwd=tmp_path,
                  env=environment)

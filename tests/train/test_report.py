@@ -1,4 +1,4 @@
-"""The run's page and pictures: self-contained, escaped, bounded, the same for the same run, and nothing is disturbed."""
+"""The run's page and pictures: self-contained, escaped, bounded, equal for equal runs; sampling disturbs nothing."""
 
 import base64
 import html.parser

@@ -13,7 +13,7 @@ import pytest
 import toys
 
 from nexus import checkpoint
-from nexus.errors import BusyError, InputError, ModelError, StoppedError, UsageError
+from nexus.errors import BusyError, InputError, ModelError, OutputError, StoppedError, UsageError
 from nexus.train import run as runs
 from nexus.train.start import train
 
@@ -160,8 +160,8 @@ def test_a_chain_of_kills_changes_nothing(pictures, uncut, tmp_path, children):
     assert toys.contents(run) == uncut("plain", save_every=1)
 
 
-FAULTS = [("rename", n) for n in (1, 2, 3, 6, 7, 8)] + [("fsync", n) for n in (1, 4, 9, 20)] + [("write", n) for n in (1, 5, 11)] \
-    + [("open", n) for n in (1, 6)]
+NUMBERS = {"rename": (1, 2, 3, 6, 7, 8), "fsync": (1, 4, 9, 20), "write": (1, 5, 11), "open": (1, 6)}
+FAULTS = [(point, n) for point, numbers in NUMBERS.items() for n in numbers]
 
 
 @pytest.mark.parametrize("point, number", [("any", n) for n in range(1, 120)] if SLOW else FAULTS)
@@ -174,13 +174,13 @@ def test_kill_9_inside_a_save_changes_nothing(point, number, pictures, uncut, tm
     assert not list(run.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("point, code", [("write", "ENOSPC"), ("fsync", "EIO"), ("rename", "EACCES"), ("open", "EMFILE")])
+@pytest.mark.parametrize("point, code", [("write", "ENOSPC"), ("fsync", "EIO"), ("rename", "EACCES"),
+                                         ("open", "EMFILE")])
 def test_a_disk_that_fails_keeps_the_last_checkpoint(point, code, pictures, uncut, tmp_path, monkeypatch):
-    from nexus.errors import OutputError
     run = tmp_path / "run"
     with pytest.raises(StoppedError):
         go(pictures, run, progress=stop_after(5))
-    monkeypatch.setenv("NEXUS_FAULT", f"{point}:2:{code}")
+    monkeypatch.setenv("NEXUS_FAULT", f"{point}:4:{code}")
     with pytest.raises(OutputError):
         go(pictures, run)
     monkeypatch.delenv("NEXUS_FAULT")
@@ -342,8 +342,8 @@ def test_warm_starts_survive_a_kill_before_the_first_checkpoint(pictures, tmp_pa
     donor = tmp_path / "donor"
     go(pictures, donor)
     go(pictures, tmp_path / "a", init=str(donor))
-    monkeypatch.setenv("NEXUS_FAULT", "any:9:EIO")
-    with pytest.raises(Exception):
+    monkeypatch.setenv("NEXUS_FAULT", "rename:3:EIO")
+    with pytest.raises(OutputError):
         go(pictures, tmp_path / "b", init=str(donor))
     monkeypatch.delenv("NEXUS_FAULT")
     assert not runs.checkpoints(tmp_path / "b") and (tmp_path / "b/config.json").exists()

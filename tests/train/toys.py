@@ -82,7 +82,8 @@ class ToyGAN(nn.Module):
                                     nn.Linear(config.hidden, 1))
 
     def phases(self) -> tuple[Phase, ...]:
-        return (Phase("critic", self.critic, self.critic_loss, self.config.repeat), Phase("net", self.net, self.net_loss))
+        return (Phase("critic", self.critic, self.critic_loss, self.config.repeat),
+                Phase("net", self.net, self.net_loss))
 
     def _fake(self, n: int, rng: torch.Generator) -> Tensor:
         return self.net(torch.randn(n, 4, generator=rng))

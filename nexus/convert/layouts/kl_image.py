@@ -64,7 +64,8 @@ def _original_table(config: dict, *, prefix: str) -> list[Row]:
 def _diffusers_matches(shapes: Shapes, foreign: dict | None, *, old: bool) -> bool:
     attention = "encoder.mid_block.attentions.0.query.weight"
     return (len(shapes.get("encoder.down_blocks.0.resnets.0.conv1.weight", ())) == 4
-            and {"encoder.mid_block.resnets.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight"} <= set(shapes)
+            and {"encoder.mid_block.resnets.0.conv1.weight",
+                 "decoder.up_blocks.0.resnets.0.conv1.weight"} <= set(shapes)
             and not any(key.startswith("quantize.") for key in shapes) and (attention in shapes) == old)
 
 
@@ -100,7 +101,8 @@ def _whole(size: int, levels: int) -> int:
 
 def _original_matches(shapes: Shapes, foreign: dict | None, *, prefix: str) -> bool:
     needed = {f"{prefix}{key}.weight" for key in
-              ("encoder.mid.block_1.norm1", "decoder.mid.block_1.norm1", "decoder.up.0.block.0.conv1", "decoder.conv_in")}
+              ("encoder.mid.block_1.norm1", "decoder.mid.block_1.norm1", "decoder.up.0.block.0.conv1",
+               "decoder.conv_in")}
     return (needed <= set(shapes) and len(shapes.get(f"{prefix}encoder.down.0.block.0.conv1.weight", ())) == 4
             and not any(key.startswith(f"{prefix}quantize.") for key in shapes))
 
@@ -132,7 +134,7 @@ def _original_config(shapes: Shapes, foreign: dict | None, *, prefix: str) -> di
 def _sayable(config: dict) -> KLConfig:
     """The codec's network, or ModelError when no public layout can hold it."""
     if config["net"]["kind"] != "kl":
-        raise ModelError(f"public layouts hold the KL picture codec only, this VAE's network is {config['net']['kind']}")
+        raise ModelError(f"public layouts hold the KL picture codec only, not a network '{config['net']['kind']}'")
     net = KLConfig.parse(config["net"])
     if net.patch != 1:
         raise ModelError(f"public layouts have no folding of pixels, this codec has patch {net.patch}",
