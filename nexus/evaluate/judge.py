@@ -13,8 +13,8 @@ from nexus.evaluate import captions, sets
 from nexus.evaluate.bootstrap import DRAWS
 from nexus.evaluate.features import Extractor, cached_features
 
-MOST_REAL = 5000        # held-out pictures that are looked at
-MOST_TRAIN = 10_000     # training pictures
+MOST_REAL = 2000        # held-out pictures that are looked at: a first look takes some 15 ms a picture and core
+MOST_TRAIN = 6000       # training pictures
 Watch = Callable[[int, int], Any]
 
 

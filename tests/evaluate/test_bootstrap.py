@@ -24,7 +24,7 @@ def test_its_width_is_that_of_the_normal_interval_for_many_values():
 
 def test_equal_values_leave_no_doubt_and_a_seed_decides_the_draws():
     assert mean_interval(torch.full((5,), 0.25)) == {"value": 0.25, "low": 0.25, "high": 0.25}
-    values = torch.arange(9.0)
+    values = torch.arange(9.0).exp()
     assert mean_interval(values, 1) == mean_interval(values, 1) != mean_interval(values, 2)
 
 
