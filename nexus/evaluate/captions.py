@@ -88,6 +88,8 @@ def _embedded(folder, texts: list[str]) -> Tensor:
     check_digest(folder / "model.safetensors", MINILM_SHA256)
     package_folder("transformers", "transformers")
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+    logging.disable_progress_bar()      # of loading the weights: it would write into this command's own display
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     net = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
     rows = []

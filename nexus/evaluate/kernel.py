@@ -7,7 +7,6 @@ from torch import Tensor
 
 from nexus.errors import InputError
 
-
 FEWEST = 3      # pictures in a set, so that the jackknife can leave one out
 
 

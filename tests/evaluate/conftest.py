@@ -36,10 +36,10 @@ def drawing(concept: int, style: int, copy: int = 0) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """36 pictures in a folder: 6 concepts in 2 styles, three times."""
+    """24 pictures in a folder, one pass of an extractor: 6 concepts in 2 styles, twice."""
     folder = tmp_path_factory.mktemp("data")
     rows = []
-    for i in range(36):
+    for i in range(24):
         concept, style, copy = i % 6, i // 6 % 2, i // 12
         write_image(folder / f"{i}.png", drawing(concept, style, copy))
         rows.append({"file_name": f"{i}.png", "text": CONCEPTS[concept], "class": CONCEPTS[concept],
