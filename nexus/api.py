@@ -11,14 +11,24 @@ import torch
 
 from nexus import __version__, catalog, checkpoint
 from nexus.errors import DeviceError, InputError, ModelError
-from nexus.evaluate.run import evaluate
-from nexus.media import Media
+from nexus.media import Media, to_uint8
 from nexus.requests import SampleRequest
-from nexus.train.start import train
 
-__all__ = ["Item", "evaluate", "load", "model_info", "models", "sample", "train", "verify"]
+__all__ = ["Item", "load", "model_info", "models", "sample", "to_uint8", "verify"]
 
 load = checkpoint.load
+models = catalog.listing
+
+
+def __getattr__(name: str):
+    """`train` and `evaluate`, imported when they are used: sampling would wait half a second for them."""
+    if name == "train":
+        from nexus.train.start import train
+        return train
+    if name == "evaluate":
+        from nexus.evaluate.run import evaluate
+        return evaluate
+    raise AttributeError(f"module 'nexus.api' has no attribute '{name}'")
 
 
 class Item(NamedTuple):
@@ -75,12 +85,6 @@ def _watcher(progress, preview, done: int, part: list[int], total: int):
     return watch
 
 
-def to_uint8(data: torch.Tensor) -> np.ndarray:
-    """A picture [C, H, W] in [-1, 1] -> uint8 [H, W, C], rounded to nearest."""
-    scaled = (data.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).permute(1, 2, 0).numpy()
-
-
 def record_of(system: torch.nn.Module, request: SampleRequest, seed: int, note: dict, model: str | None) -> dict:
     """Everything needed to make a picture again."""
     device = next(system.parameters()).device
@@ -89,17 +93,6 @@ def record_of(system: torch.nn.Module, request: SampleRequest, seed: int, note: 
     return {"schema": "nexus/1", "nexus": __version__, "torch": torch.__version__.split("+")[0], "model": model,
             "seed": seed, **settings, **used, **note, "device": device.type,
             "dtype": str(next(system.parameters()).dtype).removeprefix("torch.")}
-
-
-def models() -> list[dict]:
-    """Every system with its summary and embedded checkpoint."""
-    embedded = checkpoint.zoo_names()
-    rows = [{"system": name, "kind": e.kind, "summary": e.summary,
-             "default": e.default if e.default in embedded else None}
-            for name, e in catalog.CATALOG.items()]
-    named = {e.default for e in catalog.CATALOG.values()}
-    return rows + [{"system": checkpoint.read_description(checkpoint.find(n))["system"], "kind": "image",
-                    "summary": "another embedded checkpoint", "default": n} for n in embedded if n not in named]
 
 
 def model_info(name: str) -> dict:

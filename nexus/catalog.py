@@ -1,6 +1,8 @@
 """The names of all systems: pure data, so that listing them imports nothing heavy."""
 
+import json
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 from nexus.errors import UsageError
@@ -44,3 +46,20 @@ def config_class(name: str) -> type:
     """The Config class of a system; imports its module."""
     module, _, cls = entry(name).config.partition(":")
     return getattr(import_module(module), cls)
+
+
+def listing() -> list[dict]:
+    """Every system with its summary and embedded checkpoint, then the other embedded checkpoints; without torch."""
+    zoo = {path.parent.name: path for path in sorted((Path(__file__).parent / "zoo").glob("*/config.json"))}
+    rows = [{"system": name, "kind": e.kind, "summary": e.summary, "default": e.default if e.default in zoo else None}
+            for name, e in CATALOG.items()]
+    named = {e.default for e in CATALOG.values()}
+    return rows + [{"system": _system_of(path), "kind": "image", "summary": "another embedded checkpoint",
+                    "default": name} for name, path in zoo.items() if name not in named]
+
+
+def _system_of(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text("utf-8"))["system"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "?"

@@ -12,3 +12,9 @@ class Media(NamedTuple):
     kind: str
     data: Any
     notes: tuple[dict, ...] = ()
+
+
+def to_uint8(data: Any) -> Any:
+    """Pictures [..., C, H, W] in [-1, 1], a Tensor on any device -> uint8 ndarray [..., H, W, C], to the nearest."""
+    scaled = (data.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().byte().movedim(-3, -1).numpy()

@@ -19,7 +19,7 @@ def doctor(json_lines: options.Json = False) -> None:
 
 def _machine() -> dict:
     from nexus import __version__
-    from nexus_cli.models import listing
+    from nexus.catalog import listing
     return {"nexus": __version__, "python": sys.version.split()[0], "system": platform.platform(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "free_disk_here": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",

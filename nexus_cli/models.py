@@ -1,7 +1,6 @@
 """nexus models: the systems, the embedded checkpoints, and whether they are whole."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,26 +11,6 @@ from nexus_cli.options import EXIT_CODES
 from nexus_cli.output import Output
 
 app = typer.Typer(help="List, describe and verify models.", epilog=EXIT_CODES)
-
-
-def listing() -> list[dict]:
-    """Every system and embedded checkpoint, read without torch."""
-    import nexus
-    from nexus.catalog import CATALOG
-    zoo = {path.parent.name: path for path in sorted((Path(nexus.__file__).parent / "zoo").glob("*/config.json"))}
-    rows = [{"system": name, "kind": entry.kind, "summary": entry.summary,
-             "default": entry.default if entry.default in zoo else None} for name, entry in CATALOG.items()]
-    named = {entry.default for entry in CATALOG.values()}
-    rows += [{"system": _system_of(path), "kind": "image", "summary": "another embedded checkpoint", "default": name}
-             for name, path in zoo.items() if name not in named]
-    return rows
-
-
-def _system_of(path: Path) -> str:
-    try:
-        return str(json.loads(path.read_text("utf-8"))["system"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "?"
 
 
 @app.callback(invoke_without_command=True)
@@ -45,6 +24,7 @@ def root(ctx: typer.Context, json_lines: options.Json = False) -> None:
 def list_models(json_lines: options.Json = False) -> None:
     """List the systems and their embedded checkpoints."""
     out = Output(json_lines=json_lines)
+    from nexus.catalog import listing
     rows = listing()
     wide = max(len(row["system"]) for row in rows)
     for row in rows:

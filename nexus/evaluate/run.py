@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import nn
 
 from nexus import catalog, checkpoint
@@ -20,6 +19,7 @@ from nexus.evaluate.kernel import FEWEST
 from nexus.evaluate.likelihood import analysis, reconstruction
 from nexus.evaluate.sheets import write_sheet
 from nexus.images import read_image, read_record
+from nexus.media import to_uint8
 from nexus.requests import SampleRequest
 from nexus.rng import derive
 from nexus.text.conditioner import caption
@@ -139,9 +139,7 @@ def from_system(system: nn.Module, request: SampleRequest, batch_size: int) -> G
             wanted = [seed for _, seed in group]
             asked = request.model_copy(update={"prompt": prompt})
             for start in range(0, len(wanted), batch_size):
-                data = system.generate(asked, seeds=wanted[start:start + batch_size]).data
-                scaled = (data.float().cpu().clamp(-1, 1) + 1) * 127.5
-                yield from scaled.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+                yield from to_uint8(system.generate(asked, seeds=wanted[start:start + batch_size]).data)
     return generate
 
 

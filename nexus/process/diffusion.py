@@ -22,10 +22,8 @@ from nexus.process.predictions import (
     estimator,
     masked,
     noised,
-    over,
     paste,
     target,
-    with_x0,
     x0_of,
     x0_part,
 )
@@ -34,7 +32,6 @@ from nexus.process.sources import read_known, read_noise
 from nexus.requests import SampleRequest
 from nexus.rng import ItemNoise
 from nexus.text.conditioner import LabelCondConfig, NoCondConfig, TextCondConfig, dropped, joined
-
 
 DEFAULT_STRENGTH = 0.6
 
@@ -271,7 +268,6 @@ class Diffusion(nn.Module):
                  else self.conditioner.null(n, device))
         both = joined(cond, other)
         double = estimator(self.net, c.path, c.prediction, both, self._cached(points, both), **shared)
-        single = estimator(self.net, c.path, c.prediction, cond, self._cached(points, cond), **shared)
 
         def pair(x: Tensor, t: Tensor):
             result = double(torch.cat([x, x]), t)
@@ -280,7 +276,10 @@ class Diffusion(nn.Module):
                 return x0
             return tuple(Estimate(a, b) for a, b in zip(x0, result.fraction.chunk(2), strict=True))
         lo, hi = request.guidance_interval
-        active = guidance.during(points, lo, hi) if (lo, hi) != (0.0, 1.0) else None
+        active = single = None
+        if (lo, hi) != (0.0, 1.0):          # only then are there steps without guidance, at half the cost
+            active = guidance.during(points, lo, hi)
+            single = estimator(self.net, c.path, c.prediction, cond, self._cached(points, cond), **shared)
         steered = guidance.guided_batch(pair, scale, rescale=request.guidance_rescale, active=active,
                                         channels=c.guided_channels, cond=single)
         return (clipped(steered) if c.clip else steered), notes

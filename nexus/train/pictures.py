@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from nexus.images import contact_sheet, write_image
-from nexus.media import Media
+from nexus.media import to_uint8
 from nexus.requests import SampleRequest
 from nexus.train.ema import swap
 from nexus.train.report import write_report
@@ -65,9 +65,7 @@ def _groups(prompts: list[str | None]) -> Iterator[tuple[str | None, list[int]]]
 
 
 def _made(system: nn.Module, prompt: str | None, seeds: list[int]) -> list:
-    media: Media = system.generate(SampleRequest(prompt=prompt), seeds=seeds)
-    scaled = (media.data.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
-    return list(scaled.round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+    return list(to_uint8(system.generate(SampleRequest(prompt=prompt), seeds=seeds).data))
 
 
 @contextmanager

@@ -5,24 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
 import torch
-from PIL import Image
 
 from nexus.checkpoint import read_tensors
 
 LAST = "step-0000004"
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for name in ("cat", "sun"):
-        (folder / name).mkdir()
-        for i in range(6):
-            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
-    return folder
 
 
 def trained(data: Path, run: Path, sharding: str, steps: int) -> dict[str, torch.Tensor]:

@@ -66,6 +66,7 @@ class DiTNetConfig(Config):
 
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"size": 8, "hidden": 32, "depth": 2, "heads": 2, "num_classes": 3},
+        "emoji": {"size": 16, "hidden": 192, "depth": 8, "heads": 3, "num_classes": 0, "learn_sigma": False},
     } | {
         f"{name}/{patch}": {"patch": patch, "hidden": hidden, "depth": depth, "heads": heads}
         for name, hidden, depth, heads in
@@ -241,7 +242,7 @@ class DiTConfig(DiffusionConfig):
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"net": DiTNetConfig.presets["tiny"], "steps": 4, "guidance": 2.0,
                  "codec": {"net": KLConfig.presets["tiny"]}},
-        "emoji": {"net": {"size": 16, "hidden": 192, "depth": 8, "heads": 3, "num_classes": 0, "learn_sigma": False},
+        "emoji": {"net": DiTNetConfig.presets["emoji"],
                   "codec": SHARED_CODEC, "learned_variance": False, "guidance": 3.0, "guided_channels": None,
                   "steps": 20, "sampler": "dpmpp-2m", "prediction": "v",
                   "conditioner": {"default_style": "noto"}},

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from nexus.models.diffusion.dit import DiTNetConfig
+from nexus.models.diffusion.dit import DiTConfig, DiTNetConfig
 from nexus.models.diffusion.unet import UNetConfig
 from nexus.process.diffusion import SHARED_CODEC, DiffusionConfig
 from nexus.process.paths import AffinePath, AnyPath
@@ -24,7 +24,7 @@ class FlowConfig(DiffusionConfig):
 
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"net": UNetConfig.presets["tiny"], "size": 16, "steps": 4, "pairing": "exact"},
-        "emoji": {"net": {"size": 16, "hidden": 192, "depth": 8, "heads": 3, "num_classes": 0, "learn_sigma": False},
+        "emoji": {"net": DiTNetConfig.presets["emoji"],
                   "codec": SHARED_CODEC, "steps": 20, "sampler": "euler", "guidance": 3.0,
                   "conditioner": {"kind": "label", "default_style": "noto"}},
         "imagenet-64": {"net": UNetConfig.presets["imagenet-64"] | {"null_class": True, "dropout": 0.1}, "size": 64,
@@ -34,7 +34,5 @@ class FlowConfig(DiffusionConfig):
     default_preset: ClassVar[str] = "emoji"
     recipes: ClassVar[dict[str, dict]] = {
         "tiny": {"steps": 20, "batch_size": 4},
-        "emoji": {"steps": 10_000, "batch_size": 64, "optimizer": "muon", "muon_lr": 0.01, "lr": 2e-3, "warmup": 200,
-                  "schedule": "linear", "final_lr": 0.05, "precision": "bfloat16", "ema": 0.998, "save_every": 500,
-                  "cache_latents": True, "betas": (0.9, 0.99)},
+        "emoji": DiTConfig.recipes["emoji"] | {"steps": 10_000},     # the same network on the same latents
     }
