@@ -1,5 +1,8 @@
 """Nexus: one command line, and one Python interface, for generative media."""
 
+import sys
+from types import ModuleType
+
 __version__ = "0.1.0"
 
 
@@ -9,3 +12,23 @@ def __getattr__(name: str):
         from nexus import api
         return getattr(api, name)
     raise AttributeError(f"module 'nexus' has no attribute '{name}'")
+
+
+class _Verb(ModuleType):
+    """A package that is also a function of `nexus.api`, by the same name."""
+
+    def __call__(self, *args, **settings):
+        from nexus import api
+        return getattr(api, self.__name__.rpartition(".")[2])(*args, **settings)
+
+
+class _Nexus(ModuleType):
+    """Importing the package nexus.train sets `nexus.train`, and must not take the function of that name away."""
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in ("train", "evaluate", "models") and isinstance(value, ModuleType):
+            value.__class__ = _Verb
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Nexus

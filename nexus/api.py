@@ -1,6 +1,8 @@
 """The Python interface: what the command line does, as functions."""
 
+import contextlib
 import json
+import math
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,65 +11,123 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nexus import __version__, catalog, checkpoint
-from nexus.errors import DeviceError, InputError, ModelError
+from nexus import __version__, catalog, checkpoint, turns
+from nexus.errors import DeviceError, InputError, UsageError
 from nexus.media import Media, to_uint8
 from nexus.requests import SampleRequest
+from nexus.stored import default_model
 
-__all__ = ["Item", "load", "model_info", "models", "sample", "to_uint8", "verify"]
+__all__ = ["Item", "evaluate", "load", "model_info", "models", "sample", "to_uint8", "train", "verify"]
 
-load = checkpoint.load
 models = catalog.listing
 
 
-def __getattr__(name: str):
-    """`train` and `evaluate`, imported when they are used: sampling would wait half a second for them."""
-    if name == "train":
-        from nexus.train.start import train
-        return train
-    if name == "evaluate":
-        from nexus.evaluate.run import evaluate
-        return evaluate
-    raise AttributeError(f"module 'nexus.api' has no attribute '{name}'")
+def load(name: str, *, offload: bool = False, tile: str = "auto", **settings) -> torch.nn.Module:
+    """A ready system from a path or zoo name; settings: of `checkpoint.load` (device, dtype, system, student).
+
+    offload: its text encoders, network and codec take turns in memory. tile: "on", "off" or "auto" (pictures above
+    768x768 pixels): the codec works in stripes, which gives the same picture with less memory.
+    """
+    system = (turns.load if offload else checkpoint.load)(name, **settings)
+    for part in system.modules():
+        if hasattr(part, "tile"):
+            part.tile = tile
+    return system
+
+
+def train(system: str, *, progress: Callable[[dict], Any] | bool = False, **settings) -> dict:
+    """`nexus.train.start.train`, imported when it is used; progress: a callback, or True for a bar on stderr."""
+    from nexus.train.start import train as training
+    with _bar(progress, "step") as update:
+        seen = update if callable(progress) else lambda row: update(*_counted(row))
+        return training(system, **({} if update is None else {"progress": seen}), **settings)
+
+
+def _counted(row: dict) -> tuple[int | None, int | None]:
+    """(done, total) of what a training loop reports."""
+    return (row["encoded"], row["of"]) if "encoded" in row else (row.get("step"), row.get("steps"))
+
+
+def evaluate(what: str, *, progress: Callable[[int, int], Any] | bool = False, **settings) -> dict:
+    """`nexus.evaluate.run.evaluate`, imported when it is used; progress: a callback, or True for a bar on stderr."""
+    from nexus.evaluate.run import evaluate as evaluating
+    with _bar(progress, "picture") as update:
+        return evaluating(what, progress=update, **settings)
+
+
+@contextlib.contextmanager
+def _bar(progress: Callable | bool | None, unit: str) -> Iterator[Callable[..., Any] | None]:
+    """The caller's own callback, None, or for True an update(done, total) that moves a tqdm bar."""
+    if progress is not True:
+        yield progress or None
+        return
+    from tqdm import tqdm
+    with tqdm(unit=unit) as bar:
+        def update(done: int | None, total: int | None) -> None:
+            if done is not None:
+                if total != bar.total or done < bar.n:      # another stage of the work has begun
+                    bar.reset(total)
+                bar.update(done - bar.n)
+        yield update
 
 
 class Item(NamedTuple):
-    """One finished picture: image uint8 [H, W, C], and the record that goes into its file."""
+    """One finished picture: image uint8 [H, W, C] (of a walk [K, H, W, C]), and the record that goes into its file."""
 
     seed: int
     image: np.ndarray
     record: dict
 
 
-def default_model(system: str) -> str:
-    """The embedded checkpoint of a system; ModelError when it has none."""
-    name = catalog.entry(system).default
-    if name not in checkpoint.zoo_names():
-        raise ModelError(f"'{system}' has no embedded checkpoint", hint=f"nexus train {system}, then -m RUN_FOLDER")
-    return name
-
-
 def sample(system: str | torch.nn.Module, request: SampleRequest, *, seeds: list[int], batch_size: int = 8,
            device: str = "auto", dtype: str = "auto", model: str | None = None,
-           progress: Callable[[int, int], Any] | None = None,
-           preview: Callable[[Media], Any] | None = None) -> Iterator[Item]:
+           progress: Callable[[int, int], Any] | bool = False, preview: Callable[[Media], Any] | None = None,
+           preview_every: int = 1, offload: bool = False, tile: str = "auto") -> Iterator[Item]:
     """Pictures as they are made, one a seed; picture i is the same whatever the batch size.
 
-    system: a catalog name (with `model`, or its embedded checkpoint) or a loaded system. progress(done, total) counts
-    sampling steps over all batches. An out-of-memory batch is tried once more at half its size.
+    system: a catalog name (with `model`, or its embedded checkpoint; offload and tile as of `load`) or a loaded system.
+    progress(done, total) counts
+    sampling steps over all batches; True shows a bar on stderr. An out-of-memory batch is tried once more at half its
+    size. preview(media) sees a batch in the making, decoded after every preview_every-th step and the last one.
     """
     if isinstance(system, str):
         catalog.entry(system)
         model = model or default_model(system)
-        system = load(model, device=device, dtype=dtype, system=system)
-    done = 0
+        system = load(model, device=device, dtype=dtype, system=system, student=bool(request.lora), offload=offload,
+                      tile=tile)
+    with _bar(progress, "step") as update, _dressed(system, request):
+        yield from _made(system, request, seeds, batch_size, model, _Watch(update, preview, preview_every, len(seeds)))
+
+
+class _Watch(NamedTuple):
+    """Who looks on, how often, and at how many pictures in all."""
+
+    progress: Callable[[int, int], Any] | None
+    preview: Callable[[Media], Any] | None
+    every: int
+    total: int
+
+    def of(self, done: int, count: int) -> Callable:
+        """watch(step, steps, x0, decode) of a batch of `count` pictures, `done` of them being finished."""
+        def watch(step: int, steps: int, x0: torch.Tensor, decode: Callable | None = None) -> None:
+            if self.progress:
+                self.progress(done * steps + (step + 1) * count, self.total * steps)
+            if self.preview and decode and ((step + 1) % self.every == 0 or step + 1 == steps):
+                self.preview(Media("image", decode(x0)))
+        return watch
+
+
+def _made(system: torch.nn.Module, request: SampleRequest, seeds: list[int], batch_size: int, model: str | None,
+          watch: _Watch) -> Iterator[Item]:
+    _check_own(system, request)
+    done, more = 0, _guide(system, request)
     while done < len(seeds):
         part = seeds[done:done + batch_size]
         try:
-            made = system.generate(request, seeds=part, watch=_watcher(progress, preview, done, part, len(seeds)))
+            made = system.generate(request, seeds=part, watch=watch.of(done, len(part)), **more)
         except (torch.OutOfMemoryError, MemoryError) as error:
             if len(part) == 1:
-                raise DeviceError(f"out of memory: {str(error).splitlines()[0]:.200}",
+                raise DeviceError(f"out of memory: {(str(error).splitlines() or ['no message'])[0]:.200}",
                                   hint="a smaller --size, --dtype bfloat16, or another --device") from None
             batch_size = max(1, len(part) // 2)
             continue
@@ -76,13 +136,49 @@ def sample(system: str | torch.nn.Module, request: SampleRequest, *, seeds: list
         done += len(part)
 
 
-def _watcher(progress, preview, done: int, part: list[int], total: int):
-    def watch(step: int, steps: int, x0: torch.Tensor, decode: Callable | None = None) -> None:
-        if progress:
-            progress(done * steps + (step + 1) * len(part), total * steps)
-        if preview and decode:
-            preview(Media("image", decode(x0)))
-    return watch
+def _check_own(system: torch.nn.Module, request: SampleRequest) -> None:
+    """UsageError for a setting of one-step generators or of translators that this system would ignore."""
+    for name in ("truncation", "interpolate", "direction"):
+        if getattr(request, name) is not None and name not in getattr(system, "takes", ()):
+            raise UsageError(f"--{name}: this system has no use for it", hint=f"leave --{name} out")
+
+
+@contextlib.contextmanager
+def _dressed(system: torch.nn.Module, request: SampleRequest) -> Iterator[None]:
+    """The system with the request's LoRAs merged, its words known, its ControlNet beside it, while the block runs."""
+    if not (request.lora or request.embedding or request.control):
+        yield
+        return
+    from nexus.convert.lora import merge_files
+    from nexus.convert.words import taught
+    with contextlib.ExitStack() as stack:
+        if request.lora and hasattr(system, "turns"):
+            stack.enter_context(system.turns.staying("net"))
+        stack.callback(merge_files(system, request.lora or ()).undo)
+        stack.enter_context(taught(system, request.embedding or ()))
+        if request.control:
+            stack.enter_context(_steered(system, request))
+        yield
+
+
+def _steered(system: torch.nn.Module, request: SampleRequest) -> contextlib.AbstractContextManager:
+    """The system with a ControlNet; UsageError when either cannot."""
+    from nexus.process.control import check_control, controlled
+    if hasattr(system, "backbone"):
+        raise UsageError("this model has a ControlNet of its own", hint="leave --control out")
+    parameter = next(system.net.parameters())
+    control = load(request.control, device=str(parameter.device))
+    check_control(system, control)
+    return controlled(system, system.net, control.net.to(parameter.dtype), request)
+
+
+def _guide(system: torch.nn.Module, request: SampleRequest) -> dict:
+    """The model that the request's guidance leans on, on the system's device; UsageError if the system takes none."""
+    if request.guide_model is None:
+        return {}
+    if not getattr(system, "takes_guide", False):
+        raise UsageError("--guide-model: this system takes no model to guide it", hint="diffusion systems do")
+    return {"guide": load(request.guide_model, device=str(next(system.parameters()).device))}
 
 
 def record_of(system: torch.nn.Module, request: SampleRequest, seed: int, note: dict, model: str | None) -> dict:
@@ -99,22 +195,22 @@ def model_info(name: str) -> dict:
     """A model's system, configuration, training facts, size and parameter count, without loading its weights."""
     path = checkpoint.find(name)
     described = checkpoint.read_description(path)
-    file = path if path.is_file() else path / "model.safetensors"
-    with checkpoint.open_file(file) as tensors:
-        counts = [int(np.prod(tensors.get_slice(k).get_shape())) for k in tensors.keys()]
-    return {"name": name, "path": str(path), "bytes": file.stat().st_size, "tensors": len(counts),
+    files = checkpoint.weight_files(path)
+    counts = [math.prod(shape) for file in files for shape in checkpoint.shapes_of(file).values()]
+    return {"name": name, "path": str(path), "bytes": sum(f.stat().st_size for f in files), "tensors": len(counts),
             "numbers": sum(counts), **described}
 
 
 def verify(names: list[str] | None = None) -> list[dict]:
-    """Check every file of models against their manifests: [{"name", "problems": [...]}]."""
+    """Check every file of models against their manifests, once, and their tensors against the systems they describe.
+
+    All embedded models without names. Returns [{"name", "problems": [...]}], no problem being an empty list.
+    """
     found = []
     for name in names or checkpoint.zoo_names():
         path = checkpoint.find(name)
         wrong = checkpoint.verify(path) if path.is_dir() else []
-        if not wrong:
-            load(name, device="cpu")
-        found.append({"name": name, "problems": wrong})
+        found.append({"name": name, "problems": wrong or checkpoint.misfits(path)})
     return found
 
 

@@ -26,6 +26,28 @@ CATALOG: dict[str, Entry] = {
                  "Diffusion transformer on a codec's latents (Peebles & Xie 2022)", "dit"),
     "flow": Entry("nexus.models.diffusion.flow_matching:FlowConfig", "image",
                   "Flow matching: an ODE from noise to pictures (Lipman et al. 2022)", "flow"),
+    "mmdit": Entry("nexus.models.diffusion.mmdit:MMDiTConfig", "image",
+                   "MMDiT: text and picture in one attention, SD3 and FLUX (Esser et al. 2024)", "mmdit"),
+    "pixart": Entry("nexus.models.diffusion.pixart_alpha:PixArtConfig", "image",
+                    "PixArt-alpha: a diffusion transformer that reads captions (Chen et al. 2023)", "pixart"),
+    "consistency": Entry("nexus.models.diffusion.consistency_model:ConsistencyConfig", "image",
+                         "Consistency models: pictures in one or two steps (Song et al. 2023)", "consistency"),
+    "lcm": Entry("nexus.models.diffusion.lcm:LCMConfig", "image",
+                 "Latent consistency: guided latents in one to eight steps (Luo et al. 2023)", "lcm"),
+    "sd": Entry("nexus.models.diffusion.stable_diffusion:StableDiffusionConfig", "image",
+                "Stable Diffusion: latent diffusion with text, SD 1, SD 2 and SDXL (Rombach et al. 2022)", "sd"),
+    "controlnet": Entry("nexus.models.diffusion.controlnet:ControlConfig", "image",
+                        "ControlNet: a picture that steers a Stable Diffusion (Zhang et al. 2023)", ""),
+    "rectified-flow": Entry("nexus.models.diffusion.rectified_flow:RectifiedFlowConfig", "image",
+                            "Rectified flow with reflow and one-step distillation (Liu et al. 2022)", "rectified-flow"),
+    "gan": Entry("nexus.models.gan.base_gan:GANConfig", "image",
+                 "GAN: DCGAN and a modern relativistic baseline (Goodfellow et al. 2014)", "gan"),
+    "cgan": Entry("nexus.models.gan.conditional_gan:ConditionalGANConfig", "image",
+                  "Conditional GAN: by class, or by picture as pix2pix (Mirza & Osindero 2014)", "cgan"),
+    "cyclegan": Entry("nexus.models.gan.cycle_gan:CycleGANConfig", "image",
+                      "CycleGAN: one kind of pictures into another, without pairs (Zhu et al. 2017)", "cyclegan"),
+    "wgan": Entry("nexus.models.gan.wgan:WGANConfig", "image",
+                  "Wasserstein GAN with gradient penalty or clipping (Arjovsky et al. 2017)", "wgan"),
     "vae": Entry("nexus.models.cv.vae.vae:VAEConfig", "image",
                  "VAE, beta-VAE and the KL picture codec (Kingma & Welling 2013)", "picture-codec"),
 }
@@ -46,6 +68,15 @@ def config_class(name: str) -> type:
     """The Config class of a system; imports its module."""
     module, _, cls = entry(name).config.partition(":")
     return getattr(import_module(module), cls)
+
+
+def name_of(config: object) -> str:
+    """The system that a Config is of; UsageError for one that is not in the catalog."""
+    wanted = f"{type(config).__module__}:{type(config).__qualname__}"
+    for name, known in CATALOG.items():
+        if known.config == wanted:
+            return name
+    raise UsageError(f"{wanted} is no system of the catalog", hint="systems: " + ", ".join(CATALOG))
 
 
 def listing() -> list[dict]:

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,78 +13,14 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from nexus import catalog
-from nexus.atomic import staged_dir, write_bytes
+from nexus.atomic import staged_dir, staged_file, write_bytes
 from nexus.errors import DeviceError, InputError, ModelError, UsageError
+from nexus.nn.lora import MARK
+from nexus.stored import TENSOR_LIMIT as TENSOR_LIMIT
+from nexus.stored import check_header, find, read_description, read_text, weight_files
+from nexus.stored import zoo_names as zoo_names
 
-ZOO = Path(__file__).parent / "zoo"
-HEADER_LIMIT = 16 << 20
-TENSOR_LIMIT = 100_000
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def find(name: str) -> Path:
-    """The folder or .safetensors file of a model: a path, a run folder (its newest checkpoint), or a zoo name."""
-    path = Path(name)
-    try:
-        path.exists()
-    except OSError as error:
-        raise ModelError(f"there is no model '{name:.80}': {error.strerror}") from None
-    if not path.exists() and (ZOO / name / "config.json").exists():
-        return ZOO / name
-    if path.is_dir() and not (path / "model.safetensors").exists():
-        steps = sorted(p for p in path.glob("step-*") if p.name[5:].isdigit())
-        if steps:
-            return steps[-1]
-    if (path / "model.safetensors").exists() or path.suffix == ".safetensors" and path.is_file():
-        return path
-    if path.exists():
-        raise ModelError(f"{name} is not a Nexus model",
-                         hint="a folder with config.json and model.safetensors; foreign files: nexus convert")
-    known = ", ".join(sorted(p.parent.name for p in ZOO.glob("*/config.json")))
-    raise ModelError(f"there is no model '{name}'", hint=f"a path, or one of: {known or 'none embedded'}")
-
-
-def zoo_names() -> list[str]:
-    """The embedded default checkpoints."""
-    return sorted(p.parent.name for p in ZOO.glob("*/config.json"))
-
-
-def read_description(path: Path) -> dict:
-    """{"system", "config", ...} of a model folder or of a stray safetensors file that describes itself."""
-    if path.is_dir():
-        text = _read_text(path / "config.json")
-    else:
-        with open_file(path) as file:
-            text = (file.metadata() or {}).get("nexus", "")
-        if not text:
-            raise ModelError(f"{path} does not say what it is", hint="nexus convert makes a Nexus model of it")
-    try:
-        found = json.loads(text)
-        return {**found, "system": str(found["system"]), "config": dict(found["config"])}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ModelError(f"the description of {path} is damaged", hint="nexus models verify") from None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if path.stat().st_size > HEADER_LIMIT:
-            raise ModelError(f"{path} is larger than a description may be ({HEADER_LIMIT} bytes)")
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from None
-
-
-def check_header(path: Path) -> None:
-    """Refuse a safetensors file whose header is too large or lies about its length, before anything parses it."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            head = file.read(min(length, HEADER_LIMIT)) if 8 + length <= size else b""
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from None
-    if size < 10 or length > HEADER_LIMIT or 8 + length > size or head.count(b"data_offsets") > TENSOR_LIMIT:
-        raise ModelError(f"{path} is damaged or not a safetensors file", hint="nexus models verify, or fetch it again")
 
 
 def open_file(path: Path):
@@ -94,13 +32,20 @@ def open_file(path: Path):
         raise ModelError(f"{path} is damaged: {error}") from None
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; ModelError when it is damaged."""
+def read_tensors(path: Path, *, but: Collection[str] = (), parts: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, save those named in `but` and below `parts`; ModelError when it is damaged."""
     with open_file(path) as file:
         try:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            return {name: file.get_tensor(name) for name in file.keys()
+                    if name not in but and not name.startswith(parts)}
         except (SafetensorError, RuntimeError, ValueError) as error:
             raise ModelError(f"{path} is damaged: {error}") from None
+
+
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a safetensors file, from its header; ModelError when it is damaged."""
+    with open_file(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}      # noqa: SIM118 - no mapping
 
 
 def tensor_bytes(tensors: dict[str, Tensor], description: dict | None = None) -> bytes:
@@ -111,36 +56,64 @@ def tensor_bytes(tensors: dict[str, Tensor], description: dict | None = None) ->
     return to_bytes(state, {"nexus": json.dumps(description, sort_keys=True)} if description else None)
 
 
-def write_folder(path: Path, files: dict[str, bytes], facts: dict, *, exists: str = "error") -> None:
-    """Write a folder in one step: all files, then manifest.json with each one's size and sha256, then the rename."""
+def write_folder(path: Path, files: Mapping[str, bytes | Callable[[Any], Any]], facts: dict, *,
+                 exists: str = "error") -> None:
+    """Write a folder in one step: all files, then manifest.json with each one's size and sha256, then the rename.
+
+    A file is its bytes, or a function that writes them piece by piece to the open file it is called with.
+    """
     with staged_dir(path, exists=exists) as folder:
-        for name, data in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(folder / name, data)
-        listed = {n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in sorted(files.items())}
+        listed = {name: _put(folder / name, data) for name, data in files.items()}
         write_bytes(folder / "manifest.json", _json({**facts, "files": listed}))
+
+
+class _Hashed:
+    """An open file that hashes what is written to it."""
+
+    def __init__(self, file: Any):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+
+def _put(path: Path, data: bytes | Callable[[Any], Any]) -> dict:
+    with staged_file(path, size=len(data) if isinstance(data, bytes) else 0) as file:
+        hashed = _Hashed(file)
+        data(hashed) if callable(data) else hashed.write(data)
+        return {"size": file.written, "sha256": hashed.digest.hexdigest()}
 
 
 def _json(data: dict) -> bytes:
     return (json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def save_model(path: Path, name: str, config: dict, state: dict[str, Tensor], *, facts: dict | None = None,
-               exists: str = "error", extra: dict[str, bytes] | None = None) -> None:
-    """Write a model folder: `name` is the catalog name, `config` its Config as JSON data."""
+def save_model(path: Path, name: str, config: dict, state: dict[str, Tensor] | Callable[[dict], Mapping], *,
+               facts: dict | None = None, exists: str = "error", extra: Mapping | None = None) -> None:
+    """Write a model folder: `name` is the catalog name, `config` its Config as JSON data.
+
+    state: the tensors, or what gives their files (see `write_folder`) by the model's description. extra: other files.
+    """
     description = {"format": "nexus/1", "system": name, "config": config, **(facts or {})}
-    files = {"config.json": _json(description), "model.safetensors": tensor_bytes(state, description)}
-    write_folder(path, {**files, **(extra or {})}, {"format": "nexus/1"}, exists=exists)
+    weights = state(description) if callable(state) else {"model.safetensors": tensor_bytes(state, description)}
+    write_folder(path, {"config.json": _json(description), **weights, **(extra or {})}, {"format": "nexus/1"},
+                 exists=exists)
 
 
 def verify(path: Path) -> list[str]:
     """What is wrong with a folder that has a manifest: one line a finding, empty when every file is as written."""
     try:
-        listed = json.loads(_read_text(path / "manifest.json"))["files"]
-        items = [(str(n), int(f["size"]), str(f["sha256"])) for n, f in listed.items()]
+        listed = _listed(path)
     except (ModelError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"manifest.json is missing or damaged ({error})"]
-    return [found for item in items if (found := _verify_file(path, *item))]
+    return [found for name, facts in listed.items() if (found := _verify_file(path, name, *facts))]
+
+
+def _listed(path: Path) -> dict[str, tuple[int, str]]:
+    """File -> size and sha256, by the folder's manifest."""
+    files = json.loads(read_text(path / "manifest.json"))["files"]
+    return {str(name): (int(facts["size"]), str(facts["sha256"])) for name, facts in files.items()}
 
 
 def _verify_file(path: Path, name: str, size: int, digest: str) -> str:
@@ -156,12 +129,17 @@ def _verify_file(path: Path, name: str, size: int, digest: str) -> str:
     return "" if same else f"{name}: its sha256 differs"
 
 
-def _check_digests(path: Path) -> None:
-    """Refuse a folder whose manifest says that a file to be loaded is not as it was written."""
-    if path.is_dir() and (path / "manifest.json").exists():
-        wrong = [line for line in verify(path) if not line.startswith("train/")]    # may be deleted for a release
-        if wrong:
-            raise ModelError(f"{path} is damaged: {wrong[0]}", hint="nexus models verify, or fetch it again")
+def _check_digest(path: Path, name: str) -> None:
+    """Refuse a file about to be read of which the folder's manifest says that it is not as it was written."""
+    if not (path / "manifest.json").exists():
+        return
+    try:
+        listed = _listed(path)
+        wrong = _verify_file(path, name, *listed[name]) if name in listed else ""
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        wrong = f"manifest.json is damaged ({error})"
+    if wrong:
+        raise ModelError(f"{path} is damaged: {wrong}", hint="nexus models verify, or fetch it again")
 
 
 def pick_device(name: str) -> torch.device:
@@ -178,59 +156,170 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def build(system: str, config: dict) -> nn.Module:
-    """The system of a catalog name and a Config as JSON data, with the external parts that it names loaded."""
-    built = catalog.config_class(system).parse(config).build()
-    attach_external(built)
+def build(system: str, config: dict, *, training: bool = True) -> nn.Module:
+    """The system of a catalog name and a Config as JSON data, with the external parts that it names loaded.
+
+    training=False leaves out those that only training needs, such as a teacher.
+    """
+    built = bare(system, config, training=training)
+    attach_external(built, training=training)
     return built
 
 
-def attach_external(system: nn.Module) -> None:
-    """Load the parts whose weights live in checkpoints of their own, frozen."""
+def bare(system: str, config: dict, *, training: bool = True) -> nn.Module:
+    """The same without the weights of its external parts."""
+    built = catalog.config_class(system).parse(config).build()
+    if not training:
+        for part in _training_only(built) & built._modules.keys():
+            setattr(built, part, None)
+    return built
+
+
+def attach_external(system: nn.Module, *, training: bool = True) -> None:
+    """Load the parts whose weights live in checkpoints of their own, frozen; the system may refuse one (`admit`)."""
     for part, reference in system.external.items():
-        setattr(system, part, load(reference, device="cpu", dtype="float32").net.requires_grad_(False))
+        if training or part not in _training_only(system):
+            loaded = load(reference, device="cpu", dtype="float32")
+            if hasattr(system, "admit"):
+                system.admit(part, loaded)
+            setattr(system, part, loaded.net.requires_grad_(False))
+
+
+def _training_only(system: nn.Module) -> set[str]:
+    return set(getattr(system, "training_only", ()))
 
 
 def own_state(system: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a system's own checkpoint holds."""
-    skip = tuple(f"{part}." for part in system.external)
-    return {n: t for n, t in system.state_dict().items() if not n.startswith(skip)} if skip else system.state_dict()
+    """The tensors that a system's own checkpoint holds; of a LoRA's training, those of its branches alone."""
+    own = _without(system.external, system.state_dict())
+    return own if getattr(system, "adapter", None) is None else {n: t for n, t in own.items() if MARK in n}
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "auto", system: str | None = None) -> nn.Module:
+def released_state(system: nn.Module) -> dict[str, Tensor]:
+    """Those of them that sampling needs."""
+    return _without(_training_only(system), own_state(system))
+
+
+def _without(parts: Iterable[str], tensors: dict[str, Any]) -> dict[str, Any]:
+    skip = tuple(f"{part}." for part in parts)
+    return {n: t for n, t in tensors.items() if not n.startswith(skip)} if skip else tensors
+
+
+def load(name: str, *, device: str = "auto", dtype: str = "auto", system: str | None = None,
+         student: bool = False) -> nn.Module:
     """A ready system from a path or zoo name, in eval mode; its network is `.net`.
 
     dtype "auto" keeps float32 weights as they are and runs stored half-precision ones in float32 on the CPU.
-    system: refuse a checkpoint of another system.
+    system: refuse a checkpoint of another system. student: unless it can be taken as one, a Stable Diffusion as `lcm`.
     """
+    path, described = recognised(name, system=system, student=student)
+    built = _buildable(name, lambda: build(described["system"], described["config"], training=False))
+    if described.get("lora"):
+        from nexus.convert.lora_run import rebuild
+        rebuild(built, described, path)
+    else:
+        fill(built, read_weights(path, built), str(path))
+        place(built, path)
+    target = pick_device(device)
+    return built.to(target, DTYPES[dtype]).eval()
+
+
+def recognised(name: str, *, system: str | None = None, student: bool = False) -> tuple[Path, dict]:
+    """Where a model is and its description, as that of `system` where it is one or can be (see `load`)."""
     path = find(name)
+    if path.is_dir():
+        _check_digest(path, "config.json")
     described = read_description(path)
+    if student and system and described["system"] != system:
+        from nexus.convert.lora_run import as_student
+        described = as_student(system, described)
     if system and described["system"] != system:
         raise ModelError(f"{name} is a checkpoint of '{described['system']}', not of '{system}'",
                          hint=f"nexus sample {described['system']} -m {name}")
-    _check_digests(path)
+    return path, described
+
+
+def place(system: nn.Module, path: Path) -> None:
+    """Tell the parts that refer to files in the model's own folder ("./text") where it is."""
+    for part in system.modules():
+        if hasattr(part, "base"):
+            part.base = path if path.is_dir() else path.parent
+
+
+def _buildable(name: str, make: Callable[[], nn.Module]) -> nn.Module:
+    """make(), or ModelError when a checkpoint describes nothing that can be built."""
     try:
-        built = build(described["system"], described["config"])
+        return make()
     except (UsageError, InputError) as error:
         raise ModelError(f"{name} describes no system that can be built: {error}", hint=error.hint) from None
     except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
-        raise ModelError(f"{name} is too large to be built: {str(error).splitlines()[0]:.200}") from None
-    file = path if path.is_file() else path / "model.safetensors"
-    fill(built, read_tensors(file), str(file))
-    if path.is_dir() and (path / "ema.safetensors").exists():
-        fill(built, {**own_state(built), **read_tensors(path / "ema.safetensors")}, str(path / "ema.safetensors"))
-    target = pick_device(device)
-    return built.to(target, DTYPES[dtype]).eval()
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{name} is too large to be built: {said:.200}") from None
+
+
+def skeleton(path: Path) -> nn.Module:
+    """The system that a model folder or file describes, on the meta device; ModelError when it describes none."""
+    described = read_description(path)
+    with torch.device("meta"):
+        built = _buildable(str(path), lambda: catalog.config_class(described["system"])
+                           .parse(described["config"]).build())
+        from nexus.convert.lora_run import dressed
+        return dressed(built, described)
+
+
+def read_weights(path: Path, system: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors for sampling, each file checked against the manifest: averaged ones, then what those lack.
+
+    A run averages every tensor, so of its checkpoints model.safetensors is not even opened. `system` is of the same
+    description, on any device.
+    """
+    return _gathered(path, system, read_tensors)
+
+
+def find_weights(path: Path, system: nn.Module) -> dict[str, Path]:
+    """The same, each tensor's file in its place."""
+    return _gathered(path, system, lambda at, but, parts: {n: at for n in shapes_of(at) if not n.startswith(parts)})
+
+
+def _gathered(path: Path, system: nn.Module, read: Callable[..., dict]) -> dict:
+    parts, needed = tuple(f"{part}." for part in _training_only(system)), released_state(system).keys()
+    found: dict[str, Any] = {}
+    for file in [path] if path.is_file() else [*weight_files(path, "ema"), *weight_files(path)]:
+        if not (found and found.keys() >= needed):
+            if file != path:
+                _check_digest(path, file.name)
+            found = read(file, but=found, parts=parts) | found
+    return found
+
+
+def misfits(path: Path) -> list[str]:
+    """Where a model's tensors are not those of the system it describes, from the headers alone: one line a finding."""
+    try:
+        system = skeleton(path)
+        for name in ("model",) if path.is_file() else ("model", "ema"):
+            shapes = {key: shape for file in weight_files(path, name) for key, shape in shapes_of(file).items()}
+            where = str(path if path.is_file() else path / f"{name}.safetensors")
+            if shapes or name == "model":
+                check_fit(_without(_training_only(system), shapes), released_state(system), where)
+    except ModelError as error:
+        return [str(error)]
+    return []
 
 
 def fill(system: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Copy tensors into a system; a missing, surplus or misshapen one is a ModelError naming it."""
     wanted = own_state(system)
-    for kind, names in (("lacks", wanted.keys() - tensors.keys()), ("has a surplus", tensors.keys() - wanted.keys())):
-        if names:
-            raise ModelError(f"{source} {kind} {min(names)} ({len(names)} in all)", hint="nexus convert --check")
+    check_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted, source)
     for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise ModelError(f"{source}: {name} is {list(tensor.shape)}, {list(wanted[name].shape)} expected")
         with torch.no_grad():
             wanted[name].copy_(tensor)
+
+
+def check_fit(shapes: dict[str, tuple[int, ...]], wanted: dict[str, Tensor], source: str) -> None:
+    """ModelError naming a tensor that is missing, surplus or misshapen beside what is wanted."""
+    for kind, names in (("lacks", wanted.keys() - shapes.keys()), ("has a surplus", shapes.keys() - wanted.keys())):
+        if names:
+            raise ModelError(f"{source} {kind} {min(names)} ({len(names)} in all)", hint="nexus convert --check")
+    for name, shape in shapes.items():
+        if shape != tuple(wanted[name].shape):
+            raise ModelError(f"{source}: {name} is {list(shape)}, {list(wanted[name].shape)} expected")

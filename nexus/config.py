@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -77,8 +77,41 @@ def _nearest(key: str, known) -> str:
 
 def _explain(cls: type[Config], error: ValidationError) -> tuple[str, str]:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"{cls.__name__}: unknown setting '{where}'", _nearest(str(first["loc"][-1]), cls.model_fields)
-    shown = "" if first["type"] == "missing" else f" (got {first['input']!r:.80})"
-    return f"{cls.__name__}: {where or 'value'}: {first['msg']}{shown}", "see the system's page for its settings"
+    names, section, kind = _place(cls, first["loc"])
+    where = ".".join(names)
+    if first["type"] != "extra_forbidden":
+        shown = "" if first["type"] == "missing" else f" (got {first['input']!r:.80})"
+        return f"{cls.__name__}: {where or 'value'}: {first['msg']}{shown}", "see the system's page for its settings"
+    hint = _nearest(names[-1], section.model_fields.keys() - ({"kind"} if kind else set()))
+    if not kind:
+        return f"{cls.__name__}: unknown setting '{where}'", hint
+    above = ".".join(names[:-1])
+    if not hint.startswith("did you mean"):             # it belongs to the kind that the section had before
+        hint = f"change the kind with the whole section: --set '{above}={json.dumps({'kind': kind})}'; {hint}"
+    return f"{cls.__name__}: '{where}' does not go with {above}.kind {kind}", hint
+
+
+def _place(cls: type[Config], loc: tuple) -> tuple[list[str], type[Config], str]:
+    """Of a pydantic location: the names of settings in it, the Config of the last one, and its kind or ""."""
+    names, section, kind, choice = [], cls, "", []
+    for part in map(str, loc):
+        if choice and part not in section.model_fields:     # no setting, but which of several Configs was meant
+            section = next((c for c in choice if _kind(c) == part or c.__name__ in part), section)
+            kind, choice = _kind(section) if _kind(section) == part else "", []
+            continue
+        names.append(part)
+        choice = _configs(section.model_fields[part].annotation) if part in section.model_fields else []
+        if len(choice) == 1:
+            (section,), kind, choice = choice, "", []
+    return names, section, kind
+
+
+def _kind(section: type[Config]) -> str:
+    field = section.model_fields.get("kind")
+    return str(field.default) if field else ""
+
+
+def _configs(annotation) -> list[type[Config]]:
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, Config) else []
+    return [found for part in get_args(annotation) for found in _configs(part)]

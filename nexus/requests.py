@@ -1,13 +1,22 @@
 """What is asked of a system: plain, checked values that a shell, a batch row or Python can give."""
 
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from nexus.config import Config
+from nexus.errors import UsageError
 
 SAMPLERS = ("ddpm", "ddim", "euler", "euler-a", "heun", "midpoint", "rk4", "dopri5", "dpmpp-2m", "dpmpp-2m-sde",
             "dpmpp-3m-sde", "unipc")
+GUIDANCE_KINDS = ("cfg", "cfg-zero", "apg", "pag", "slg", "autoguidance", "classifier")
+NEEDS_KIND = {"guide_model": ("autoguidance", "classifier"), "apg": ("apg",), "perturb_layers": ("pag", "slg"),
+              "perturb_scale": ("pag", "slg"), "zero_init": ("cfg-zero",)}
+_MARGIN = re.compile(r"[0-9]{1,5}|[0-9]{1,3}(\.[0-9]{1,3})?%", re.ASCII)
 SCHEDULES = ("native", "linear", "karras", "exponential", "log-snr", "shifted")
 
 
@@ -20,6 +29,13 @@ class SampleRequest(Config):
     guidance: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False)
     guidance_rescale: float = Field(0.0, ge=0, le=1)
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # share of the sampling run, 0 = start (noise)
+    guidance_kind: Literal[GUIDANCE_KINDS] | None = None    # None = cfg
+    guide_model: str | None = None                          # the weaker model of autoguidance, or a classifier
+    perturb_layers: tuple[int, ...] | None = None           # of pag and slg, by number; None = the middle one
+    perturb_scale: float | None = Field(None, ge=0, le=1000)
+    apg: tuple[float, float, float] | None = None           # eta, norm (0 = no limit), momentum; see guidance_kinds
+    zero_init: int | None = Field(None, ge=0)               # steps of a flow without velocity, of cfg-zero
+    dynamic_threshold: float | None = Field(None, gt=0, le=1)       # the quantile of |x0| that becomes 1
     sampler: Literal[SAMPLERS] | None = None
     schedule: Literal[SCHEDULES] | None = None
     eta: float | None = Field(None, ge=0, le=1)
@@ -28,4 +44,78 @@ class SampleRequest(Config):
     image: str | None = None                                # a file: img2img or inpainting starts from it
     strength: float | None = Field(None, ge=0, le=1)        # share of the run that is redone; 1 = from pure noise
     mask: str | None = None                                 # a file: white is painted anew
+    outpaint: str | None = None                             # see `margins`: what is painted around the picture
+    image_noise: float | None = Field(None, ge=0, le=1)     # added to a small picture that is to be enlarged
+    truncation: float | None = Field(None, gt=0, le=10)     # limit of a one-step generator's codes
+    interpolate: int | None = Field(None, ge=2, le=1024)    # frames of a walk from the seed's picture to the next one's
+    direction: Literal["ab", "ba"] | None = None            # of a model that translates between two kinds of pictures
     initial_noise: str | None = None                        # safetensors, key `noise` [N, *latent shape]
+    control: str | None = None                              # a ControlNet: a model's name or path
+    control_image: str | None = None                        # a file: what the ControlNet is shown, as it is
+    control_scale: float | None = Field(None, ge=0, le=10)
+    lora: tuple[str, ...] | None = None                     # FILE or FILE:WEIGHT each
+    embedding: tuple[str, ...] | None = None                # textual inversion: FILE or FILE:WORD each
+
+    @field_validator("outpaint", mode="before")
+    @classmethod
+    def _four_sides(cls, value: object) -> object:
+        """Also a list, or one number; wrong text is told as the value's own fault."""
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+        text = str(text) if isinstance(text, int) else text
+        try:
+            return ",".join(margins(text)) if isinstance(text, str) else text
+        except UsageError as error:
+            raise ValueError(f"{error}; {error.hint}") from None
+
+    @field_validator("lora", "embedding", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: object) -> object:
+        """A row of a table names one file as plain text."""
+        return (value,) if isinstance(value, str) else value
+
+
+def margins(text: str) -> tuple[str, str, str, str]:
+    """LEFT,TOP,RIGHT,BOTTOM, each pixels or with % of the picture's side; a single one is all four.
+
+    Raises UsageError for anything else, and when nothing is added.
+    """
+    parts = tuple(part.strip() for part in text.split(","))
+    parts = parts * 4 if len(parts) == 1 else parts
+    if len(parts) != 4 or not all(_MARGIN.fullmatch(part) for part in parts):
+        raise UsageError(f"'{text:.80}' is not LEFT,TOP,RIGHT,BOTTOM", hint="pixels or percent, such as 64,0,25%,0")
+    if not any(float(part.removesuffix("%")) for part in parts):
+        raise UsageError(f"'{text:.80}' adds nothing on any side", hint="pixels or percent, such as 64,0,25%,0")
+    return parts
+
+
+def weighted_file(text: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT; UsageError for an absurd weight. A file whose own name ends so is taken as it is."""
+    name, mark, weight = text.rpartition(":")
+    try:
+        value = float(weight)
+    except ValueError:
+        return text, 1.0
+    if not mark or Path(text).exists():
+        return text, 1.0
+    if not math.isfinite(value) or abs(value) > 1000:
+        raise UsageError(f"{text}: the weight {weight} is absurd", hint="usual weights lie between 0 and 1.5")
+    return name, value
+
+
+def named_file(text: str) -> tuple[str, str]:
+    """FILE or FILE:WORD -> the file, and the word that it is called by in prompts, "" where none is given."""
+    name, mark, word = text.rpartition(":")
+    return (name, word) if mark and not Path(text).exists() else (text, "")
+
+
+def check_guidance(given: Mapping) -> None:
+    """UsageError naming the flag of a setting that the kind of guidance has no use for, or needs and lacks."""
+    kind = given.get("guidance_kind") or "cfg"
+    for name, kinds in NEEDS_KIND.items():
+        if given.get(name) is not None and kind not in kinds:
+            raise UsageError(f"--{name.replace('_', '-')} has no meaning with --guidance-kind {kind}",
+                             hint="it goes with --guidance-kind " + " or ".join(kinds))
+    if kind in NEEDS_KIND["guide_model"] and given.get("guide_model") is None:
+        what = "a weaker version of the model" if kind == "autoguidance" else "a classifier of noisy pictures"
+        raise UsageError(f"--guidance-kind {kind} needs --guide-model: {what}",
+                         hint="--guide-model NAME|PATH, like --model")

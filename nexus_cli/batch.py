@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from nexus.errors import InputError, NexusError, UsageError
+from nexus.errors import InputError, ModelError, NexusError, UsageError
 
 FILE_LIMIT = 64 * 2**20
 LINE_LIMIT = 2**20
-PATH_KEYS = ("image", "mask", "initial_noise")
+PATH_KEYS = ("image", "mask", "initial_noise", "control_image")
+FILE_LISTS = ("lora", "embedding")              # each entry a file, with a weight or a word after a colon
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 OWN_KEYS = ("seed", "num", "id", "output")
 
 
@@ -52,6 +54,8 @@ def read_text_file(path: str, what: str, limit: int) -> str:
 
 def read_rows(path: str, form: str | None = None) -> list[Row]:
     """The rows of a batch file, bad ones with their error; InputError when the file as a whole cannot be read."""
+    if path != "-" and Path(path).is_dir():
+        return folder_rows(Path(path))
     text = read_text_file(path, "the batch file", FILE_LIMIT)
     form = form or (Path(path).suffix.lower() if path != "-" else ".jsonl")
     readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _table, ".tsv": _table, ".txt": _prompts}
@@ -62,6 +66,17 @@ def read_rows(path: str, form: str | None = None) -> list[Row]:
     if not rows:
         raise InputError(f"{path}: there is no item in it", hint="one JSON object, table row or prompt a line")
     return rows
+
+
+def folder_rows(folder: Path) -> list[Row]:
+    """A row for each picture of a folder, whose result has its name; InputError when there is none."""
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.is_file())
+    if not files:
+        raise InputError(f"there is no picture in {folder}", hint="check the path; endings: " + " ".join(PICTURES))
+    stems = [p.stem for p in files]
+    names = [p.stem if stems.count(p.stem) == 1 else p.name for p in files]
+    return [Row(i, {"image": str(p)}, {"id": name, "output": f"{name}.png"})
+            for i, (p, name) in enumerate(zip(files, names, strict=True), 1)]
 
 
 def _json_lines(text: str, form: str) -> Iterator[tuple[int, dict | str]]:
@@ -105,7 +120,7 @@ def _table(text: str, form: str) -> Iterator[tuple[int, dict | str]]:
                 continue
             yield reader.line_num, {key: cell for key, cell in zip(header, cells, strict=False) if cell != ""}
     except csv.Error as error:
-        yield reader.line_num, f"not a table row: {error}"
+        yield reader.line_num, f"not a table row ({error}); the lines after it were not read"
 
 
 def _prompts(text: str, form: str) -> Iterator[tuple[int, dict | str]]:
@@ -143,7 +158,20 @@ def _checked(value: dict, base: Path) -> tuple[dict, dict]:
     for key in PATH_KEYS:
         if key in settings:
             settings[key] = _input_path(base, settings[key], key)
+    for key in FILE_LISTS:
+        if key in settings:
+            settings[key] = [str(base / entry) for entry in settings[key]]
+            check_files(key, settings[key])
     return settings, _own(value)
+
+
+def check_files(key: str, entries: list[str]) -> None:
+    """ModelError for an entry of a list of FILE_LISTS that names no file."""
+    from nexus.requests import named_file, weighted_file
+    for entry in entries:
+        name = (weighted_file if key == "lora" else named_file)(entry)[0]
+        if "\0" in name or not Path(name).exists():
+            raise ModelError(f"--{key}: there is no file '{name}'", hint="check the path")
 
 
 def _input_path(base: Path, name: str, key: str) -> str:

@@ -1,6 +1,5 @@
 """nexus eval WHAT: numbers on how good pictures or models are."""
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ from nexus.atomic import check_target, write_text
 from nexus.errors import InputError, ModelError
 from nexus_cli import options, parse
 from nexus_cli.options import option
-from nexus_cli.output import Output
+from nexus_cli.output import Output, strict_json
 
 
 def evaluate(
@@ -35,6 +34,8 @@ def evaluate(
                                              show_default=False, help="Guidance scale.")] = None,
     sampler: Annotated[str | None, option("--sampler", parser=parse.named("SAMPLERS"), metavar="NAME",
                                           show_default=False, help="ddim, euler, heun, dpmpp-2m, ...")] = None,
+    likelihood: Annotated[bool, option("--likelihood", help="Bits a dimension of held-out pictures under a model on "
+                                       "pixels; no samples.")] = False,
     extractor: Annotated[str | None, option("--extractor", metavar="NAME|FILE", show_default=False,
                                             help="The network whose features are compared.")] = None,
     batch_size: options.BatchSize = None,
@@ -60,13 +61,13 @@ def evaluate(
         check_target(output, exists="overwrite" if force else "error")
     given = {"data": data, "split": split, "samples": samples, "model": model, "count": num, "seed": seed,
              "steps": steps, "guidance": guidance, "sampler": sampler, "extractor": extractor,
-             "batch_size": batch_size, "device": device, "dtype": dtype}
+             "likelihood": likelihood or None, "batch_size": batch_size, "device": device, "dtype": dtype}
     from nexus import api
     with out.guard(), out.tracker(None, "pictures") as tracker:
         result = api.evaluate(what, progress=lambda done, total: tracker.update(done, text=f"of {total}"),
                               **{key: value for key, value in given.items() if value is not None})
     if output is not None:
-        write_text(output, json.dumps(result, indent=1, sort_keys=True, default=str) + "\n",
+        write_text(output, strict_json(result, indent=1, sort_keys=True) + "\n",
                    exists="overwrite" if force else "error")
     if not json_lines:
         for line in table(result):
@@ -78,8 +79,7 @@ def table(result: dict) -> list[str]:
     """`name: value [low, high]` for every number, then the protocol."""
     lines = []
     for name, entry in result["numbers"].items():
-        interval = entry.get("interval") or [entry.get("low"), entry.get("high")] if isinstance(entry, dict) else []
         value = entry["value"] if isinstance(entry, dict) else entry
-        shown = f" [{interval[0]:.4g}, {interval[1]:.4g}]" if len(interval) == 2 and None not in interval else ""
-        lines.append(f"{name}: {value:.5g}{shown}")
+        interval = f" [{entry['low']:.4g}, {entry['high']:.4g}]" if isinstance(entry, dict) else ""
+        lines.append(f"{name}: {value:.5g}{interval}")
     return lines + [f"{key}: {value}" for key, value in result["protocol"].items()]

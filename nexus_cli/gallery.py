@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,7 @@ from nexus.atomic import check_target, read_records, write_text
 from nexus.errors import InputError
 from nexus_cli import options
 from nexus_cli.options import option
-from nexus_cli.output import Output
+from nexus_cli.output import Output, strict_json
 
 SIDE, LIMIT = 160, 2000
 PAGE = """<!doctype html>
@@ -65,16 +64,16 @@ def gallery(
                    and not path.name.startswith("."))
     if len(files) > LIMIT:
         out.warn(f"only the first {LIMIT} of {len(files)} pictures are shown")
-    pictures = [(path, images.read_image(path)) for path in files[:LIMIT]]
+    pictures = [(path, _thumb(images.read_image(path))) for path in files[:LIMIT]]
     failed = [r for r in read_records(folder / "manifest.jsonl") if r.get("status") == "failed"]
     if not pictures and not failed:
         raise InputError(f"there is no picture in '{folder}'")
-    figures = [_figure(path, array, page.parent) for path, array in pictures] + [_failure(r) for r in failed]
+    figures = [_figure(path, thumb, page.parent) for path, thumb in pictures] + [_failure(r) for r in failed]
     write_text(page, PAGE.format(title=html.escape(folder.resolve().name), figures="\n".join(figures)), exists=policy)
     out.result(str(page), {"status": "ok", "path": str(page), "pictures": len(pictures), "failed": len(failed)})
     if sheet is not None and pictures:
         columns = next(c for c in range(1, LIMIT) if c * c >= len(pictures))
-        images.write_image(sheet, images.contact_sheet([_thumb(a) for _, a in pictures], columns), exists=policy)
+        images.write_image(sheet, images.contact_sheet([thumb for _, thumb in pictures], columns), exists=policy)
         out.result(str(sheet), {"status": "ok", "path": str(sheet)})
 
 
@@ -86,19 +85,19 @@ def _thumb(array):
     return np.asarray(picture)
 
 
-def _figure(path: Path, array, base: Path) -> str:
+def _figure(path: Path, thumb, base: Path) -> str:
     from PIL import Image
 
     from nexus.images import read_record
     data = io.BytesIO()
-    Image.fromarray(_thumb(array)).save(data, "WEBP", quality=80)
+    Image.fromarray(thumb).save(data, "WEBP", quality=80)
     record = read_record(path) or {}
     prompt = html.escape(_clean(record.get("prompt") or path.name), quote=True)
     facts = ", ".join(f"{key} {record[key]}" for key in ("seed", "steps", "guidance", "sampler", "model")
                       if record.get(key) is not None)
     link = quote(os.fsencode(os.path.relpath(path, base)))
-    thumb = base64.b64encode(data.getvalue()).decode()
-    return (f'<figure><a href="{link}"><img alt="{prompt}" loading="lazy" src="data:image/webp;base64,{thumb}"></a>'
+    encoded = base64.b64encode(data.getvalue()).decode()
+    return (f'<figure><a href="{link}"><img alt="{prompt}" loading="lazy" src="data:image/webp;base64,{encoded}"></a>'
             f"<figcaption>{prompt}<br><small>{html.escape(_clean(facts))}</small></figcaption></figure>")
 
 
@@ -110,5 +109,5 @@ def _failure(record: dict) -> str:
 
 
 def _clean(value) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = value if isinstance(value, str) else strict_json(value)
     return text.encode("utf-8", "replace").decode().replace("\0", "")

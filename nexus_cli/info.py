@@ -8,7 +8,7 @@ import typer
 
 from nexus.errors import InputError, ModelError, NexusError
 from nexus_cli import options
-from nexus_cli.output import Output
+from nexus_cli.output import Output, strict_json
 
 HEADER_LIMIT = 16 * 2**20
 
@@ -95,6 +95,6 @@ def _safetensors(path: Path) -> dict:
 
 def _printable(value) -> str:
     """Text from a file, with nothing that could drive the terminal."""
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    text = value if isinstance(value, str) else strict_json(value, sort_keys=True)
     return "".join(char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
                    for char in text)

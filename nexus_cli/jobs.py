@@ -14,6 +14,7 @@ from nexus.naming import DEFAULT, Template, fields_of, inside, parse_template, r
 from nexus_cli.batch import PATH_KEYS, Row
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+FILM = ".mp4"                    # of a walk between pictures
 MANY = 1_000_000
 
 
@@ -62,7 +63,7 @@ def place(output: str | None, default: str = DEFAULT) -> Place:
         return Place((folder, *parse_template(name)), Path(output), False)
     template = parse_template(output)
     tail = template[-1]
-    if not (isinstance(tail, str) and tail.lower().endswith(ENDINGS)) and getattr(tail, "name", "") != "ext":
+    if not (isinstance(tail, str) and tail.lower().endswith((*ENDINGS, FILM))) and getattr(tail, "name", "") != "ext":
         raise UsageError(f"--output '{output}' does not end in a picture's ending",
                          hint="one of " + " ".join(ENDINGS) + ", or a folder with / at its end")
     first = template[0] if isinstance(template[0], str) else ""
@@ -154,7 +155,7 @@ def _row_path(row: Row, where: Place, k: int, count: int, values: dict) -> Path:
     if "output" not in row.own:
         return Path(render(where.template, values))
     path = inside(where.root, row.own["output"])
-    if path.suffix.lower() not in ENDINGS:
+    if path.suffix.lower() not in (*ENDINGS, FILM):
         raise InputError(f"output '{row.own['output']}' has no picture's ending", hint="one of " + " ".join(ENDINGS))
     return path if count == 1 else path.with_stem(f"{path.stem}-{k}")
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nexus.atomic import append_line, clean_temporary, read_records, write_bytes
-from nexus.errors import BusyError, InputError, NexusError, OutputError, PartialError, StoppedError
-from nexus_cli.jobs import Job, short_name
-from nexus_cli.output import Output, PipeClosedError
+from nexus.errors import BusyError, InputError, NexusError, OutputError, PartialError, StoppedError, UsageError
+from nexus_cli.jobs import FILM, Job, short_name
+from nexus_cli.output import Output, PipeClosedError, strict_json
 
 GRID_LIMIT = 1024
+WALK_COLUMNS = 16
 
 
 class Engine(NamedTuple):
@@ -28,6 +29,8 @@ class Engine(NamedTuple):
     device: str
     dtype: str
     batch_size: int
+    offload: bool = False
+    tile: str = "auto"
 
 
 class Ways(NamedTuple):
@@ -106,6 +109,7 @@ class _Work:
 
     tracker: Any
     interrupts: Interrupts
+    told: str | None = None                             # the last end of a prompt that was said to be cut
 
     def __init__(self, engine: Engine, ways: Ways, out: Output, attempts: dict[str, int], total: int):
         self.engine, self.ways, self.out, self.attempts, self.total = engine, ways, out, attempts, total
@@ -140,9 +144,13 @@ class _Work:
         request, engine = SampleRequest.parse(jobs[0].settings), self.engine
         model = engine.model or api.default_model(engine.system)
         if self.system is None:
-            self.system = api.load(model, device=engine.device, dtype=engine.dtype, system=engine.system)
+            if not self.ways.batch:                     # a wrong picture is told before a model is loaded for it
+                from nexus.process.sources import read_files
+                read_files(request)
+            self.system = api.load(model, device=engine.device, dtype=engine.dtype, system=engine.system,
+                                   student=bool(request.lora), offload=engine.offload, tile=engine.tile)
         return api.sample(self.system, request, seeds=[job.seed for job in jobs], batch_size=engine.batch_size,
-                          model=model, progress=self._watch(len(jobs)),
+                          model=model, progress=self._watch(len(jobs)), preview_every=self.ways.preview_every,
                           preview=self._preview if self.ways.preview else None)
 
     def _watch(self, count: int) -> Callable[[int, int], None]:
@@ -154,13 +162,8 @@ class _Work:
                                 text=f"step {done}/{total}")
         return watch
 
-    _previews = 0
-
     def _preview(self, media) -> None:
-        """Every K-th intermediate guess, written whole so that a viewer can watch the file."""
-        self._previews += 1
-        if self._previews % self.ways.preview_every:
-            return
+        """An intermediate guess, written whole so that a viewer can watch the file."""
         from nexus import api, images
         pictures = [api.to_uint8(picture) for picture in media.data]
         sheet = images.contact_sheet(pictures, _columns(len(pictures))) if len(pictures) > 1 else pictures[0]
@@ -168,12 +171,14 @@ class _Work:
 
     def _keep(self, job: Job, item) -> None:
         """Write, record and announce one picture."""
-        from nexus import images
         record = {**item.record, **({"id": job.id} if self.ways.batch else {})}
         if record.get("model"):
             record["model"] = short_name(str(record["model"]))
-        form = images.format_of(job.path) if job.path else "PNG"
-        data = images.encode(item.image, form, record if self.ways.metadata else None)
+        if record.get("cut") not in (None, self.told):
+            self.told = record["cut"]
+            self.out.note(f"the model does not read the end of the prompt: {self.told}")
+        data = _encoded(item.image, job.path, record if self.ways.metadata else None)
+        item = item._replace(image=_sheet_of(item.image))
         if job.path is None:
             self.out.media(data)
         else:
@@ -215,7 +220,7 @@ class _Work:
     def _record(self, job: Job, line: dict) -> None:
         line["attempt"] = self.attempts.get(job.id, 0) + 1
         if self.ways.manifest:
-            append_line(self.ways.manifest, json.dumps(line, default=str))
+            append_line(self.ways.manifest, strict_json(line))
         shown = {**line, "path": str(job.path) if job.path else None}
         self.out.result(str(job.path) if job.path and line["status"] != "failed" else None, shown)
 
@@ -257,6 +262,23 @@ class _Work:
         images.write_image(path, sheet, {"seeds": [job.seed for job, _ in self.kept]}, metadata=self.ways.metadata,
                            exists="overwrite" if self.ways.overwrite else "error")
         self.out.result(str(path), {"status": "ok", "path": str(path), "grid": True})
+
+
+def _encoded(image, path: Path | None, record: dict | None) -> bytes:
+    """The bytes of a picture's file, or of a walk's film, or of the sheet of its frames."""
+    from nexus import images
+    if path is not None and path.suffix.lower() == FILM:
+        if image.ndim != 4:
+            raise UsageError(f"'{path}': one picture makes no film", hint="--interpolate 24, or another ending")
+        from nexus.videos import encode_mp4
+        return encode_mp4(image, record)
+    return images.encode(_sheet_of(image), images.format_of(path) if path else "PNG", record)
+
+
+def _sheet_of(image):
+    """A picture as it is; the frames [K, H, W, C] of a walk side by side."""
+    from nexus import images
+    return images.contact_sheet(list(image), min(len(image), WALK_COLUMNS)) if image.ndim == 4 else image
 
 
 def _together(job: Job) -> str | None:

@@ -1,6 +1,5 @@
 """nexus models: the systems, the embedded checkpoints, and whether they are whole."""
 
-import json
 from typing import Annotated
 
 import typer
@@ -8,7 +7,7 @@ import typer
 from nexus.errors import ModelError
 from nexus_cli import options
 from nexus_cli.options import EXIT_CODES
-from nexus_cli.output import Output
+from nexus_cli.output import Output, strict_json
 
 app = typer.Typer(help="List, describe and verify models.", epilog=EXIT_CODES)
 
@@ -60,4 +59,4 @@ def verify_models(names: Annotated[list[str] | None, typer.Argument(metavar="[NA
 
 
 def _shown(value) -> str:
-    return json.dumps(value, sort_keys=True, default=str) if isinstance(value, dict | list) else str(value)
+    return strict_json(value, sort_keys=True) if isinstance(value, dict | list) else str(value)

@@ -45,6 +45,9 @@ DType = Annotated[str, option("--dtype", parser=parse.one_of("auto", "float32", 
                               metavar="DTYPE", help="auto, float32, bfloat16 or float16.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", metavar="NAME|PATH", show_default=False,
                                            help="A named model, a run folder, a checkpoint folder or a file.")]
+Offload = Annotated[bool, typer.Option("--offload", help="Text encoders, network and codec take turns in memory.")]
+Tile = Annotated[str, option("--tile", parser=parse.one_of("auto", "on", "off"), metavar="WHEN",
+                             help="Pictures go through the codec in stripes; auto: above 768x768.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, make nothing.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", show_default=False,
                                                help="Change one setting of the configuration; repeatable.")]

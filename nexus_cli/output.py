@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -10,6 +11,19 @@ from collections.abc import Iterator
 from nexus.errors import NexusError, OutputError
 
 PLAIN_SECONDS = 10.0
+
+
+def strict_json(value, *, indent: int | None = None, sort_keys: bool = False) -> str:
+    """JSON as the standard has it, in ASCII: a number that is not finite is null, and what is no JSON is its text."""
+    return json.dumps(_finite(value), allow_nan=False, default=str, indent=indent, sort_keys=sort_keys)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class PipeClosedError(NexusError):
@@ -33,7 +47,7 @@ class Output:
         if self.raw:
             return
         if self.json_lines:
-            self.line(json.dumps(record, ensure_ascii=True, allow_nan=False, default=str))
+            self.line(strict_json(record))
         elif path is not None:
             self.line(path)
 
@@ -101,8 +115,8 @@ class Tracker:
         each = (now - self.started) / max(done - self.first, 1)
         left = each * (self.total - done) if self.total is not None and done > self.first else None
         if self.mode == "json":
-            line = json.dumps({"done": done, "total": self.total, "failed": failed or 0, "unit": self.unit,
-                               "seconds_each": round(each, 4), "eta_seconds": left and round(left, 1)})
+            line = strict_json({"done": done, "total": self.total, "failed": failed or 0, "unit": self.unit,
+                                "seconds_each": round(each, 4), "eta_seconds": left and round(left, 1)})
         else:
             eta = f", eta {_span(left)}" if left is not None and not last else ""
             of = f"/{self.total}" if self.total is not None else ""

@@ -44,7 +44,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 def named(which: str) -> Callable[[str], str]:
-    """A parser of the names in nexus.requests.SAMPLERS or SCHEDULES, which are imported only when one is given."""
+    """A parser of the names in nexus.requests.SAMPLERS, SCHEDULES, ..., which are imported only when one is given."""
     def parse(text: str) -> str:
         from nexus import requests
         return one_of(*getattr(requests, which))(text)
@@ -88,6 +88,31 @@ def interval(text: str) -> tuple[float, float]:
     if pair[0] > pair[1]:
         raise typer.BadParameter(f"'{text}' starts after its end")
     return pair
+
+
+def numbers(count: int, example: str) -> Callable[[str], tuple[float, ...]]:
+    """A parser of `count` finite numbers (any of them may be negative) with commas between."""
+    def parse(text) -> tuple[float, ...]:
+        parts = str(text).split(",")
+        if len(parts) != count or not all(_NUMBER.fullmatch(part.removeprefix("-")) for part in parts):
+            raise typer.BadParameter(f"'{text}' is not {count} numbers like {example}")
+        return tuple(float(part) for part in parts)
+    return parse
+
+
+def margins(text: str) -> str:
+    """LEFT,TOP,RIGHT,BOTTOM in pixels or percent."""
+    from nexus import requests
+    from nexus.errors import UsageError
+    try:
+        return ",".join(requests.margins(str(text)))
+    except UsageError as error:
+        raise typer.BadParameter(f"{error}: {error.hint}") from None
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """Layer numbers as in "7,8,9"."""
+    return tuple(whole(0, 10_000)(part) for part in str(text).split(","))
 
 
 def shard(text: str) -> tuple[int, int]:

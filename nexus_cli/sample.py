@@ -1,6 +1,5 @@
 """nexus sample SYSTEM: pictures from a model."""
 
-import json
 import os
 import sys
 import tempfile
@@ -15,11 +14,19 @@ from nexus_cli import batch as batches
 from nexus_cli import jobs as planning
 from nexus_cli import options, parse
 from nexus_cli.making import Engine, Ways, check_grid, done_before, make
+from nexus_cli.needs import needed
 from nexus_cli.options import option
-from nexus_cli.output import Output
+from nexus_cli.output import Output, strict_json
 
-WHAT, HOW, START, FILES, MANY, SCREEN = ("What to make", "How to sample", "Starting from a picture", "Files",
-                                         "Batches", "Screen and machine")
+WHAT, HOW, GUIDE, START = "What to make", "How to sample", "Kinds of guidance", "Starting from a picture"
+FILES, MANY, SCREEN = "Files", "Batches", "Screen and machine"
+PASSED = ("steps", "guidance", "guidance_rescale", "guidance_interval", "guidance_kind", "guide_model",
+          "perturb_layers", "perturb_scale", "apg", "zero_init", "dynamic_threshold", "sampler", "schedule", "eta",
+          "width", "height", "image", "image_noise", "strength", "mask", "outpaint", "initial_noise",
+          "truncation", "interpolate", "direction",
+          "negative_prompt", "control", "control_image", "control_scale")     # fields of the request as they are
+SIZES = ("size", "width", "height")
+TAUGHT = "What the model is taught"
 PICTURE_LIMIT = 256 * 2**20
 PROMPT_BYTES = 2**20
 
@@ -56,6 +63,25 @@ def sample(
     guidance_interval: Annotated[object, option("--guidance-interval", parser=parse.interval, metavar="A-B",
                                                       panel=HOW, show_default=False,
                                                       help="The share of the run that is guided, as 0.1-0.9.")] = None,
+    guidance_kind: Annotated[str | None, option("--guidance-kind", parser=parse.named("GUIDANCE_KINDS"), metavar="KIND",
+                                                panel=GUIDE, show_default=False,
+                                                help="cfg, cfg-zero, apg, pag, slg, autoguidance, classifier.")] = None,
+    guide_model: Annotated[str | None, option("--guide-model", metavar="NAME|PATH", panel=GUIDE, show_default=False,
+                                              help="A weaker model (autoguidance), or a classifier.")] = None,
+    perturb_layers: Annotated[object, option("--perturb-layers", parser=parse.layers, metavar="I,J,...", panel=GUIDE,
+                                             show_default=False,
+                                             help="Layers that pag or slg weakens; default: the middle one.")] = None,
+    perturb_scale: Annotated[float | None, option("--perturb-scale", parser=parse.number(0, 1000), metavar="SCALE",
+                                                  panel=GUIDE, show_default=False,
+                                                  help="How strongly pag or slg steers; default 2.8.")] = None,
+    apg: Annotated[object, option("--apg", parser=parse.numbers(3, "0,15,-0.5"), metavar="ETA,NORM,MOMENTUM",
+                                  panel=GUIDE, show_default=False, help="Of apg; default 0,15,-0.5.")] = None,
+    zero_init: Annotated[int | None, option("--zero-init", parser=parse.whole(0, 100_000), metavar="N", panel=GUIDE,
+                                            show_default=False,
+                                            help="First steps of a flow that cfg-zero leaves out; default 1.")] = None,
+    dynamic_threshold: Annotated[float | None, option("--dynamic-threshold", parser=parse.number(0, 1, above=True),
+                                                      metavar="SHARE", panel=GUIDE, show_default=False,
+                                                      help="Pixels beyond this quantile are clipped: 0.995.")] = None,
     sampler: Annotated[str | None, option("--sampler", parser=parse.named("SAMPLERS"), metavar="NAME", panel=HOW,
                                           show_default=False, help="ddim, euler, heun, dpmpp-2m, ...")] = None,
     schedule: Annotated[str | None, option("--schedule", parser=parse.named("SCHEDULES"), metavar="NAME", panel=HOW,
@@ -64,12 +90,40 @@ def sample(
                                         show_default=False, help="Fresh noise a step: 0 to 1.")] = None,
     initial_noise: Annotated[str | None, option("--initial-noise", metavar="FILE", panel=HOW, show_default=False,
                                                 help="Safetensors with the key noise [N, C, H, W].")] = None,
+    truncation: Annotated[float | None, option("--truncation", parser=parse.number(0, 10, above=True), metavar="LIMIT",
+                                               panel=HOW, show_default=False,
+                                               help="Of GANs: codes within this limit; 0.7 = tamer.")] = None,
+    interpolate: Annotated[int | None, option("--interpolate", parser=parse.whole(2, 1024), metavar="K", panel=HOW,
+                                              show_default=False,
+                                              help="Of GANs: K pictures from each seed's to the next's; a sheet or "
+                                                   ".mp4.")] = None,
+    lora: Annotated[list[str] | None, option("--lora", metavar="FILE[:WEIGHT]", panel=TAUGHT, show_default=False,
+                                             help="Low-rank updates to merge; repeatable.")] = None,
+    control: Annotated[str | None, option("--control", metavar="NAME|PATH", panel=TAUGHT, show_default=False,
+                                          help="A ControlNet, like --model.")] = None,
+    control_image: Annotated[str | None, option("--control-image", metavar="FILE", panel=TAUGHT, show_default=False,
+                                                help="What the ControlNet is shown, as it is.")] = None,
+    control_scale: Annotated[float | None, option("--control-scale", parser=parse.number(0, 10), metavar="SCALE",
+                                                  panel=TAUGHT, show_default=False,
+                                                  help="How strongly it steers; default 1.")] = None,
+    embedding: Annotated[list[str] | None, option("--embedding", metavar="FILE[:WORD]", panel=TAUGHT,
+                                                  show_default=False,
+                                                  help="A word that prompts may use; repeatable.")] = None,
     image: Annotated[str | None, option("--image", "-i", metavar="FILE", panel=START, show_default=False,
-                                        help="Start from this picture; - reads standard input.")] = None,
+                                        help="Start from this picture, or from each in a folder; - is stdin.")] = None,
+    direction: Annotated[str | None, option("--direction", parser=parse.one_of("ab", "ba"), metavar="ab|ba",
+                                            panel=START, show_default=False,
+                                            help="Of models that translate: which way; default ab.")] = None,
     strength: Annotated[float | None, option("--strength", parser=parse.number(0, 1), metavar="SHARE", panel=START,
                                              show_default=False, help="How much of it to redo: 0 to 1.")] = None,
     mask: Annotated[str | None, option("--mask", metavar="FILE", panel=START, show_default=False,
                                        help="White is painted anew.")] = None,
+    outpaint: Annotated[str | None, option("--outpaint", parser=parse.margins, metavar="L,T,R,B", panel=START,
+                                           show_default=False,
+                                           help="Paint around it: left, top, right, bottom; px or %.")] = None,
+    image_noise: Annotated[float | None, option("--image-noise", parser=parse.number(0, 1), metavar="SHARE",
+                                                panel=START, show_default=False,
+                                                help="Of models that enlarge: how much to doubt it.")] = None,
     output: Annotated[str | None, option("--output", "-o", metavar="WHERE", panel=FILES, show_default=False,
                                          help="A file, folder/, template, or - ('nexus help output-names').")] = None,
     exists: Annotated[str | None, option("--exists", parser=parse.one_of("skip", "error", "rename", "overwrite"),
@@ -108,43 +162,54 @@ def sample(
     color: options.Color = "auto",
     device: options.Device = "auto",
     dtype: options.DType = "auto",
+    offload: options.Offload = False,
+    tile: options.Tile = "auto",
     dry_run: options.DryRun = False,
 ) -> None:
     """Make pictures. Picture k of a prompt has the seed + k and is the same whatever the batch size."""
     from nexus.catalog import entry
-    flags = dict(locals())
+    flags = _folder_as_batch(dict(locals()))
     entry(system)
     raw = output == "-"
     out = Output(json_lines=json_lines, raw=raw, quiet=quiet, verbose=verbose, progress=progress, color=color)
     _check_combinations(flags)
     with ExitStack() as stack:
         settings, model, seed = _settings(flags, out, stack)
-        engine = Engine(system, model, device, dtype, batch_size or 8)
-        ways = Ways(metadata=not no_metadata, overwrite=force or exists == "overwrite", batch=batch is not None,
-                    stop_on_error=on_error == "stop", grid=grid, preview=preview, preview_every=preview_every,
-                    show=show, max_time=max_time)
+        engine = Engine(system, model, device, dtype, batch_size or 8, offload, tile)
+        ways = Ways(metadata=not no_metadata, overwrite=force or exists == "overwrite",
+                    batch=flags["batch"] is not None, stop_on_error=on_error == "stop", grid=grid, preview=preview,
+                    preview_every=preview_every, show=show, max_time=max_time)
         asked = planning.Asked(system, planning.short_name(model) if model else system, settings, seeds, seed, num,
                                None if raw else output,
                                "overwrite" if force else exists)
-        if batch is None:
+        if flags["batch"] is None:
             jobs, ways = _of_flags(asked, ways, raw, out)
         else:
             jobs, ways = _of_batch(asked, ways, flags)
         check_grid(grid, len(jobs))
         if dry_run:
-            return _plan(jobs, out)
+            return _plan(jobs, engine, out)
         make(jobs, engine, ways, out)
+
+
+def _folder_as_batch(flags: dict) -> dict:
+    """--image FOLDER is a batch of its pictures."""
+    if flags["image"] is None or not os.path.isdir(flags["image"]):
+        return flags
+    if flags["batch"] is not None:
+        raise UsageError("--image FOLDER and --batch cannot be given together", hint="name pictures in the batch file")
+    return flags | {"batch": flags["image"], "image": None}
 
 
 def _check_combinations(flags: dict) -> None:
     """Flags that contradict each other, or that ask for one stdin or stdout twice."""
     for one, other in (("prompt", "prompt_file"), ("seed", "seeds"), ("size", "width"), ("size", "height"),
-                       ("force", "exists"), ("quiet", "show"), ("batch", "show")):
+                       ("force", "exists"), ("quiet", "show"), ("batch", "show"), *(("outpaint", n) for n in SIZES)):
         if flags[one] not in (None, False) and flags[other] not in (None, False):
             raise UsageError(f"--{one.replace('_', '-')} and --{other.replace('_', '-')} cannot be given together",
                              hint="leave one of them out")
-    for needed, by in (("image", "strength"), ("image", "mask"), ("batch", "shard"), ("batch", "limit"),
-                       ("batch", "on_error")):
+    for needed, by in (("image", "strength"), ("image", "mask"), ("image", "outpaint"), ("batch", "shard"),
+                       ("batch", "limit"), ("batch", "on_error")):
         if flags[by] is not None and flags[needed] is None and not (needed == "image" and flags["batch"]):
             raise UsageError(f"--{by.replace('_', '-')} needs --{needed}", hint=f"add --{needed} FILE")
     if sum(flags[name] == "-" for name in ("prompt", "prompt_file", "image", "batch")) > 1:
@@ -154,6 +219,9 @@ def _check_combinations(flags: dict) -> None:
         raise UsageError("--seeds and --num cannot be given together", hint="one picture is made for each seed")
     if flags["output"] == "-":
         _check_stdout(flags)
+    if str(flags["output"]).lower().endswith(planning.FILM) and flags["interpolate"] is None:
+        raise UsageError(f"--output '{flags['output']}': one picture makes no film",
+                         hint="--interpolate 24, or another ending")
     if flags["preview"] is not None and flags["preview"].suffix.lower() not in planning.ENDINGS:
         raise UsageError(f"--preview '{flags['preview']}' has no picture's ending",
                          hint="one of " + " ".join(planning.ENDINGS))
@@ -171,15 +239,14 @@ def _check_stdout(flags: dict) -> None:
 def _settings(flags: dict, out: Output, stack: ExitStack) -> tuple[dict, str | None, int | None]:
     """The request's fields from --like and the flags, the model and the seed; every input file is there."""
     from nexus.naming import clean_text
+    from nexus.requests import check_guidance
     stored, model, seed = _like(flags["like"], out) if flags["like"] else ({}, None, None)
     prompt = flags["prompt"]
     if prompt == "-" or flags["prompt_file"]:
         source = flags["prompt_file"] or "-"
         prompt = batches.read_text_file(source, "the prompt", PROMPT_BYTES)
-    given = {key: flags[key] for key in ("steps", "guidance", "guidance_rescale", "sampler", "schedule", "eta", "width",
-                                         "height", "image", "strength", "mask", "initial_noise")}
-    given |= {"prompt": prompt, "negative_prompt": flags["negative_prompt"],
-              "guidance_interval": flags["guidance_interval"] and list(flags["guidance_interval"])}
+    given = {key: list(flags[key]) if isinstance(flags[key], tuple) else flags[key] for key in PASSED}
+    given["prompt"] = prompt
     if flags["size"]:
         given["width"], given["height"] = flags["size"]
     settings = {**stored, **{key: value for key, value in given.items() if value is not None}}
@@ -191,6 +258,14 @@ def _settings(flags: dict, out: Output, stack: ExitStack) -> tuple[dict, str | N
     for key in batches.PATH_KEYS:
         if key in settings and ("\0" in settings[key] or not os.path.isfile(settings[key])):
             raise InputError(f"--{key.replace('_', '-')}: there is no file '{settings[key]}'", hint="check the path")
+    for key in batches.FILE_LISTS:
+        if flags[key]:
+            settings[key] = list(flags[key])
+            batches.check_files(key, settings[key])
+    if flags["batch"] is None:                      # the rows of a batch may complete it
+        check_guidance(settings)
+    _model(settings.get("guide_model"))
+    _model(settings.get("control"))
     if flags["seed"] is not None or flags["seeds"] is not None:
         seed = flags["seed"]
     return settings, _model(flags["model"] or model), seed
@@ -220,7 +295,7 @@ def _like(path: str, out: Output) -> tuple[dict, str | None, int | None]:
     if record is None:
         raise InputError(f"{path} holds no settings of nexus", hint="nexus info shows what a file holds")
     known = {key: record[key] for key in SampleRequest.model_fields if record.get(key) is not None}
-    if left := [key for key in batches.PATH_KEYS if known.pop(key, None) is not None]:
+    if left := [key for key in (*batches.PATH_KEYS, *batches.FILE_LISTS) if known.pop(key, None) is not None]:
         out.warn(f"{path} was made from other files; give them again: " + ", ".join(f"--{k}" for k in left))
     parsed = SampleRequest.parse(known).to_json()
     seed, model = record.get("seed"), record.get("model")
@@ -272,14 +347,18 @@ def _adopt(job):
     return job._replace(skip="adopted") if record and record.get("id") == job.id else job
 
 
-def _plan(jobs: list, out: Output) -> None:
-    """What a run would do, as lines like those of a run."""
+def _plan(jobs: list, engine: Engine, out: Output) -> None:
+    """What a run would do, as lines like those of a run, and the memory it needs."""
+    memory, short = needed([job for job in jobs if not job.skip and not job.error], engine, out)
     for job in jobs:
         status = "failed" if job.error else "skipped" if job.skip else "planned"
         record = {"id": job.id, "status": status, "path": str(job.path) if job.path else None, "seed": job.seed,
-                  "settings": job.settings, **({"error": str(job.error)} if job.error else {})}
-        out.line(json.dumps(record, default=str)) if out.json_lines else out.line(f"{status}  {job.path or '-'}")
+                  "settings": job.settings, **({"error": str(job.error)} if job.error else {}),
+                  **({"memory": memory} if status == "planned" else {})}
+        out.line(strict_json(record)) if out.json_lines else out.line(f"{status}  {job.path or '-'}")
     made, bad = sum(not job.skip and not job.error for job in jobs), sum(bool(job.error) for job in jobs)
     out.note(f"{made} to make, {len(jobs) - made - bad} there already, {bad} bad")
     if bad:
         raise PartialError(f"{bad} of {len(jobs)} items are bad", hint="correct their lines")
+    if short:
+        raise short

@@ -1,24 +1,23 @@
 """nexus train SYSTEM: a model from data."""
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 from nexus.atomic import check_target
+from nexus.data.spec import is_embedded, split_spec
 from nexus.errors import InputError, ModelError, OutputError
 from nexus_cli import options, parse
 from nexus_cli.options import option
-from nexus_cli.output import Output
+from nexus_cli.output import Output, strict_json
 
-EMBEDDED = ("emoji", "mnist")
 HOW, RUN, SCREEN = "How to train", "The run", "Screen and machine"
 
 
 def train(
     system: options.SystemArg,
     data: Annotated[str, option("--data", "-d", metavar="DATA", show_default=False,
-                                help="emoji, mnist, a folder of pictures, or .tar files.")],
+                                help="emoji, mnist, a folder of pictures, or .tar files; A,B of two kinds.")],
     run: Annotated[Path, option("--run", "-r", metavar="FOLDER", show_default=False,
                                 help="The folder of this run; if it holds one, that goes on.")],
     preset: Annotated[str | None, option("--preset", metavar="NAME", show_default=False,
@@ -28,6 +27,8 @@ def train(
     overrides: options.Set = None,
     init: Annotated[str | None, option("--init", metavar="MODEL", show_default=False,
                                        help="Start from a model's weights.")] = None,
+    lora: Annotated[str | None, option("--lora", metavar="rank=8,...", show_default=False,
+                                       help="Train low-rank updates of --init alone: rank, alpha, targets.")] = None,
     seed: Annotated[int | None, option("--seed", "-s", parser=parse.whole(0, parse.SEED_MAX), metavar="N",
                                        show_default=False, help="Decides everything random.")] = None,
     steps: Annotated[int | None, option("--steps", parser=parse.whole(1, 10**9), metavar="N", panel=HOW,
@@ -77,14 +78,16 @@ def train(
              "keep": keep}
     flags = {key: value for key, value in given.items() if value is not None}
     from nexus import api
+    spec = _low_rank(lora)
     settings = {"preset": preset, "overrides": overrides or [], "flags": flags}
     file = api.read_config_file(config) if config else None
     if dry_run:
-        return _plan(system, data, run, {**settings, "file": file}, out)
+        return _plan(system, data, run, {**settings, "file": file}, (spec, init), out)
     with out.guard():
         watch = _Watch(out)
         try:
             result = api.train(system, data=data, run=run, config=file, device=device, init=init, resume=resume,
+                               lora=spec,
                                max_time=max_time, progress=watch, report=out.note, **settings)
         finally:
             watch.close()
@@ -99,8 +102,9 @@ def _speaks() -> bool:
 
 def _check_files(data: str, run: Path, config: Path | None, init: str | None) -> None:
     """Every path is there, or can be written, before torch is imported."""
-    if data not in EMBEDDED and not os.path.exists(os.path.expanduser(data)) and not set(data) & set("*?["):
-        raise InputError(f"there is no data '{data}'", hint="emoji, mnist, a folder of pictures, or .tar files")
+    for part in split_spec(data):
+        if not is_embedded(part) and not os.path.exists(os.path.expanduser(part)) and not set(part) & set("*?["):
+            raise InputError(f"there is no data '{part}'", hint="emoji, mnist, a folder of pictures, or .tar files")
     if config is not None and not config.is_file():
         raise InputError(f"there is no settings file '{config}'", hint="a .toml or .json file")
     if init is not None and "/" in init and not os.path.exists(init):
@@ -110,22 +114,33 @@ def _check_files(data: str, run: Path, config: Path | None, init: str | None) ->
     check_target(run / "config.json", exists="overwrite")
 
 
-def _plan(system: str, data: str, run: Path, settings: dict, out: Output) -> None:
+def _low_rank(text: str | None):
+    """--lora as a LoRAConfig, or None."""
+    if text is None:
+        return None
+    from nexus.nn.lora import LoRAConfig
+    return LoRAConfig.read(text)
+
+
+def _plan(system: str, data: str, run: Path, settings: dict, lora: tuple, out: Output) -> None:
     """The resolved settings as JSON on stdout, and what the run would do."""
     from nexus import checkpoint
-    from nexus.data.images import open_images
+    from nexus.data.domains import open_data
     from nexus.train.start import resolve
     if (run / "config.json").exists():
         stored = checkpoint.read_description(run)
         plan = {**stored, "run": str(run), "resumes": True}
     else:
-        config, args = resolve(system, **settings)
-        images = open_images(data, size=getattr(config, "image_size", None),
-                             channels=getattr(config, "image_channels", None))
-        config = config.adapt(images.facts)
+        from nexus.train import lora as loras
+        part = loras.settle(run, system, *lora)
+        config, args = loras.settings(system, part, **settings) if part else resolve(system, **settings)
+        images = open_data(data, size=getattr(config, "image_size", None), domains=getattr(config, "domains", None),
+                           channels=getattr(config, "image_channels", None))
+        config = config if part else config.adapt(images.facts)
         plan = {"system": system, "config": config.to_json(), "train": args.to_json(), "data": data,
+                **({"lora": part} if part else {}),
                 "pictures": len(images), "run": str(run), "resumes": False}
-    out.line(json.dumps(plan, indent=None if out.json_lines else 1, sort_keys=True))
+    out.line(strict_json(plan, indent=None if out.json_lines else 1, sort_keys=True))
 
 
 class _Watch:
@@ -138,7 +153,7 @@ class _Watch:
 
     def __call__(self, row: dict) -> None:
         if self._out.json_lines:
-            self._out.line(json.dumps(row, default=str))
+            self._out.line(strict_json(row))
         encoding = "encoded" in row
         total, done = (row.get("of"), row["encoded"]) if encoding else (row.get("steps"), row.get("step"))
         if done is None:

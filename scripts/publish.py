@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nexus import checkpoint
+from nexus import checkpoint, stored
 from nexus.data.images import open_images
 
 LIMIT = 12_000_000          # bytes a model
@@ -25,10 +25,10 @@ def publish(run: Path, name: str) -> None:
     config = described["config"]
     if config["net"].get("kind") == "kl":
         config["net"] |= _normalised(system, described["data"])
-    state = {n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in checkpoint.own_state(system).items()}
+    state = {n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in checkpoint.released_state(system).items()}
     facts = {k: described[k] for k in ("train", "data", "data_digest", "nexus")} | {"trained_steps": int(source.name[5:])}
     facts["init"] = checkpoint.read_description(run).get("init")
-    target = checkpoint.ZOO / name
+    target = stored.ZOO / name
     extra = {"README.md": card(name, described, facts, sum(t.numel() for t in state.values())).encode()}
     checkpoint.save_model(target, described["system"], config, state, facts=facts, exists="overwrite", extra=extra)
     size = (target / "model.safetensors").stat().st_size

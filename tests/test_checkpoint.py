@@ -4,15 +4,20 @@ import json
 import os
 import random
 import struct
+import sys
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from nexus import checkpoint
+from nexus import api, checkpoint
 from nexus.errors import DeviceError, ModelError, OutputError
+from nexus.images import write_image
 from nexus.models.cv.vae.vae import VAEConfig
+from nexus.train.start import train
 
 SLOW = os.environ.get("NEXUS_SLOW") == "1"
 
@@ -131,6 +136,82 @@ def test_frozen_parts_are_neither_saved_nor_wanted(model):
     whole.net, whole.codec, whole.external = nn.Linear(2, 2), model.net, {"codec": "picture-codec"}
     whole.codec2 = nn.Linear(1, 1)
     assert set(checkpoint.own_state(whole)) == {"net.weight", "net.bias", "codec2.weight", "codec2.bias"}
+
+
+# --- what is read --------------------------------------------------------------------------------------------------
+
+opened: list[str] | None = None
+
+
+@pytest.fixture(scope="module")
+def opens():
+    """opens(call) -> the names of all files that Python opened meanwhile, in order.
+
+    A safetensors file is opened by Rust, but never before its header was checked here: it counts once for that.
+    """
+    def note(event, arguments):
+        if opened is not None and event == "open" and isinstance(arguments[0], str):
+            opened.append(arguments[0])
+    sys.addaudithook(note)
+
+    def during(call):
+        global opened
+        opened = []
+        try:
+            call()
+            return opened
+        finally:
+            opened = None
+    return during
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The newest checkpoint folder of a real run of two steps with averaged weights."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "pictures").mkdir()
+    for i in range(4):
+        write_image(folder / f"pictures/{i}.png", np.full((16, 16, 3), 60 * i, np.uint8))
+    train("vae", data=str(folder / "pictures"), run=folder / "run", preset="tiny", device="cpu",
+          flags={"steps": 2, "batch_size": 4, "samples": 0, "ema": 0.5})
+    return folder / "run/step-0000002"
+
+
+def counts(names, folder):
+    return Counter(os.path.relpath(name, folder) for name in names if name.startswith(str(folder)))
+
+
+def test_loading_a_run_opens_the_averaged_weights_alone(run, opens):
+    found = counts(opens(lambda: checkpoint.load(str(run), device="cpu")), run)
+    assert found.keys() == {"config.json", "manifest.json", "ema.safetensors"}
+    assert found["ema.safetensors"] == 2                # its digest, its header
+
+
+def test_what_the_averages_lack_comes_from_the_other_file(model, tmp_path):
+    average = {n: t + 1 for n, t in sorted(model.state_dict().items())[2:]}
+    checkpoint.save_model(tmp_path / "m", "vae", model.config.to_json(), model.state_dict(),
+                          extra={"ema.safetensors": checkpoint.tensor_bytes(average)})
+    loaded = checkpoint.load(str(tmp_path / "m"), device="cpu").state_dict()
+    assert equal(loaded, {**model.state_dict(), **average}) and len(average) == len(loaded) - 2
+
+
+def test_verifying_hashes_every_file_once(run, opens):
+    found = counts(opens(lambda: api.verify([str(run)])), run)
+    listed = json.loads((run / "manifest.json").read_text())["files"]
+    assert found.keys() == {*listed, "manifest.json"} and len(listed) > 3
+    headers = {"model.safetensors", "ema.safetensors"}  # compared with the described system, without the data
+    assert all(found[name] == 1 + (name in headers) for name in listed if name != "config.json")
+
+
+def test_verifying_names_a_tensor_that_does_not_fit_and_goes_on(model, saved, tmp_path):
+    state = dict(model.state_dict())
+    lost = min(state)
+    del state[lost]
+    checkpoint.save_model(tmp_path / "bad", "vae", model.config.to_json(), state)
+    checkpoint.save_model(tmp_path / "nothing", "vae", {"beta": -1}, state)
+    bad, nothing, good = api.verify([str(tmp_path / "bad"), str(tmp_path / "nothing"), str(saved)])
+    assert len(bad["problems"]) == 1 and f"lacks {lost}" in bad["problems"][0]
+    assert "describes no system" in nothing["problems"][0] and good["problems"] == []
 
 
 # --- what is wrong -------------------------------------------------------------------------------------------------

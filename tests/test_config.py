@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
+from nexus import catalog
 from nexus.config import Config
 from nexus.errors import InputError
 from nexus.requests import SampleRequest
@@ -92,6 +93,42 @@ def test_an_unknown_key_names_the_nearest():
     with pytest.raises(InputError, match="cuont") as caught:
         Shape.parse({"cuont": 3})
     assert "'count'" in caught.value.hint
+
+
+def test_a_setting_of_another_kind_is_named_with_the_way_to_change_the_kind():
+    """`part` was a square: its `side` stays behind when only its kind is changed."""
+    with pytest.raises(InputError, match=r"'part\.side' does not go with part\.kind round") as caught:
+        Shape().override(["part.kind=round"])
+    assert """--set 'part={"kind": "round"}'""" in caught.value.hint
+    assert Shape().override(['part={"kind": "round"}']).part == Round()
+    with pytest.raises(InputError, match=r"'part\.raduis' does not go with part\.kind round") as caught:
+        Shape().override(['part={"kind": "round", "raduis": 3}'])
+    assert caught.value.hint == "did you mean 'radius'?"
+
+
+@pytest.mark.parametrize("data, message, hint", [
+    ({"part": {"kind": "round", "radius": 0}}, "part.radius: Input", "page"),
+    ({"any": {"kind": "round", "wide": 1}}, "any", ""), ({"one": {"sied": 1}}, "unknown setting 'one.sied'", "'side'"),
+    ({"one": {"side": "x"}}, "one.side: Input", "page")])
+def test_the_place_of_a_mistake_is_written_as_set_writes_it(data, message, hint):
+    """Not as pydantic counts it, with the names of the classes that it tried."""
+    class Nest(Shape):
+        any: Round | Square = Square()
+        one: Square = Square()
+    with pytest.raises(InputError) as caught:
+        Nest.parse(data)
+    assert message in str(caught.value) and hint in caught.value.hint
+    assert "function-after" not in str(caught.value) and ".round." not in str(caught.value)
+
+
+@pytest.mark.parametrize("system, preset, change, message, hint", [
+    ("conditional", "emoji", "conditioner.kind=label", r"'conditioner\.encoder' does not .* conditioner\.kind label",
+     """--set 'conditioner={"kind": "label"}'"""),
+    ("dit", "tiny", "conditioner.kind=text", "conditioner", "")])
+def test_changing_the_conditioner_of_a_preset(system, preset, change, message, hint):
+    with pytest.raises(InputError, match=message) as caught:
+        catalog.config_class(system).preset(preset).override([change])
+    assert hint in caught.value.hint and "codec" not in caught.value.hint
 
 
 @pytest.mark.parametrize("data", [{"count": "x" * 10_000}, {"part": {"kind": "round", "radius": 0}}, {"part": 3},

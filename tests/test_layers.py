@@ -12,10 +12,12 @@ FILES = {str(p.relative_to(ROOT)): p for top in ("nexus", "nexus_cli") for p in 
 TREES = {name: ast.parse(path.read_text("utf-8"), name) for name, path in FILES.items()}
 
 # Left to right; a file imports only from its own rank or from one to its left.
-RANKS = (("errors", "config", "requests", "catalog", "atomic", "media", "rng", "phase", "system", "images", "naming"),
+RANKS = (("errors", "config", "requests", "catalog", "atomic", "media", "rng", "phase", "system", "images", "naming",
+          "stored", "memory", "videos"),
          ("nn",), ("process", "decode", "losses", "codecs", "text"), ("models",),
-         ("checkpoint", "convert", "train", "data", "evaluate"), ("api",))
-BACKBONES = {"nexus.models.diffusion.unet", "nexus.models.diffusion.dit", "nexus.models.diffusion.mmdit"}
+         ("checkpoint", "turns", "convert", "train", "data", "evaluate"), ("api",))
+BACKBONES = {"nexus.models.diffusion.unet", "nexus.models.diffusion.dit", "nexus.models.diffusion.mmdit",
+             "nexus.models.diffusion.flux", "nexus.models.diffusion.ncsnpp", "nexus.models.diffusion.dit_llama"}
 HEAVY = {"torch", "pydantic", "numpy", "PIL", "safetensors", "transformers", "av", "soundfile", "scipy", "imageio"}
 SANDBOX = "nexus/convert/sandbox.py"            # the one place that may look at a pickle, in a process of its own
 FILE_LINES, BACKBONE_LINES, FUNCTION_LINES, LINE_LENGTH = 400, 500, 40, 120

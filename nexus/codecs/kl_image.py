@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from nexus.codecs import tiling
 from nexus.codecs.kl_blocks import KLDecoder, KLEncoder
 from nexus.config import Config
 from nexus.losses.kl import sample_gaussian, split_moments
@@ -26,7 +27,7 @@ class KLConfig(Config):
         "sd3": {"latent_channels": 16, "quant_conv": False, "scale": 1.5305, "shift": 0.0609, "size": 1024},
         "flux": {"latent_channels": 16, "quant_conv": False, "scale": 0.3611, "shift": 0.1159, "size": 1024},
         "picture-codec": {"channels": (64, 128), "blocks": 1, "patch": 2, "groups": 16, "mid_attention": False,
-                          "quant_conv": False, "size": 64},
+                          "latent_channels": 8, "quant_conv": False, "size": 64},
     }
     kind: Literal["kl"] = "kl"
     in_channels: int = Field(3, ge=1)
@@ -70,7 +71,12 @@ class KLConfig(Config):
 
 
 class KLImage(nn.Module):
-    """Convolutional Gaussian autoencoder of pictures. Rombach et al. 2022."""
+    """Convolutional Gaussian autoencoder of pictures. Rombach et al. 2022.
+
+    tile: "on", "off" or "auto", whether pictures go through in stripes, which is exact and needs less memory.
+    """
+
+    tile = "auto"
 
     def __init__(self, config: KLConfig):
         super().__init__()
@@ -85,7 +91,8 @@ class KLImage(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, C, H, W] in [-1, 1] -> mean and log variance [B, L, H/f, W/f] of the posterior, before scaling."""
-        h = self.encoder(x)
+        striped = tiling.wanted(self.tile, *x.shape[2:])
+        h = tiling.encode(self.encoder, x) if striped else self.encoder(x)
         return split_moments(h if self.quant_conv is None else self.quant_conv(h))
 
     def latents(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -100,4 +107,6 @@ class KLImage(nn.Module):
 
     def decode_raw(self, z: Tensor) -> Tensor:
         """Latents before scaling -> picture."""
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+        striped = tiling.wanted(self.tile, *(side * self.config.factor for side in z.shape[2:]))
+        return tiling.decode(self.decoder, z) if striped else self.decoder(z)

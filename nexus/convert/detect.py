@@ -16,7 +16,7 @@ from nexus import catalog, checkpoint
 from nexus.convert.layout import Layout
 from nexus.convert.layouts import every_layout
 from nexus.convert.sandbox import SUFFIXES, unpickle
-from nexus.errors import InputError, ModelError
+from nexus.errors import InputError, ModelError, UsageError
 
 CONFIG_LIMIT = 10_000_000
 # Where training scripts put the weights, averaged ones first: those are what papers report.
@@ -78,6 +78,8 @@ def opened(path: Path, scratch: Path | None = None) -> Iterator[list[Source]]:
 
 def _read_folder(folder: Path, temporary: Path) -> Source:
     config = _json(folder / "config.json") if (folder / "config.json").exists() else None
+    if config is not None and (folder.parent / "model_index.json").exists():    # one network serves several systems
+        config = config | {"_pipeline": _json(folder.parent / "model_index.json").get("_class_name")}
     tensors: dict[str, Stored] = {}
     for file in _weight_files(folder):
         tensors |= _read_file(file, temporary)
@@ -158,9 +160,12 @@ def read(source: Source) -> dict[str, Tensor]:
     return state
 
 
-def detect(sources: list[Source]) -> Found:
-    """The layout that one of the sources follows, wrappers stripped. Raises ModelError saying what was tried."""
-    layouts = every_layout()
+def detect(sources: list[Source], read_as: str | None = None) -> Found:
+    """The layout that one of the sources follows, wrappers stripped; read_as: try those of this name alone.
+
+    Raises ModelError saying what was tried, and UsageError for a name that no layout has.
+    """
+    layouts = tuple(layout for layout in every_layout() if layout.auto) if read_as is None else _named(read_as)
     for source in sources:
         for prefix in _prefixes(list(source.tensors)):
             inner = Source(source.path, _below(source.tensors, prefix), source.config)
@@ -169,6 +174,18 @@ def detect(sources: list[Source]) -> Found:
                 if layout.matches(shapes, inner.config):
                     return Found(layout, inner, _notes(source, prefix, sources))
     raise _unknown(sources[0], layouts)
+
+
+def _named(name: str) -> tuple[Layout, ...]:
+    """The layouts called `name`, or SYSTEM/NAME."""
+    known = every_layout()
+    found = tuple(layout for layout in known if name in (layout.name, f"{layout.system}/{layout.name}"))
+    if not found:
+        names = dict.fromkeys(layout.name for layout in known)
+        near = difflib.get_close_matches(name, [*names, *(f"{one.system}/{one.name}" for one in known)], 1)
+        raise UsageError(f"there is no layout '{name}'",
+                         hint=(f"did you mean '{near[0]}'? " if near else "") + "known: " + ", ".join(names))
+    return found
 
 
 def _prefixes(keys: list[str], prefix: str = "", depth: int = MAX_WRAPPERS) -> Iterator[str]:
@@ -233,6 +250,6 @@ def _known(layout: Layout) -> list[str]:
     """The foreign key patterns of a small model of the layout's system."""
     try:
         rows = layout.table(catalog.config_class(layout.system).preset("tiny").to_json())
-    except InputError:                                  # a system without this preset has nothing to compare with
+    except (InputError, ModelError):                    # no such preset, or not one that this layout can hold
         return []
     return [key for row in rows for key in ([row.foreign] if isinstance(row.foreign, str) else row.foreign)]

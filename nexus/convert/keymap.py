@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ class Row(NamedTuple):
 
     op: "" | "linear_to_conv" (foreign linear [O, I], native 1x1 convolution [O, I, 1, 1])
            | "conv_to_linear" (the reverse) | "conv1d_to_linear" (foreign kernel-1 convolution [O, I, 1])
+           | "transpose" (foreign matrix [I, O]) | "matrix_to_conv" (the same, native 1x1 convolution [O, I, 1, 1])
            | "swap" (the two halves of dim 0 change places).
     heads: the foreign dim 0 is ordered (head, q/k/v, channel), the native one (q/k/v, head, channel);
            0 = the same.
@@ -57,10 +58,11 @@ def _swap(x: Tensor) -> Tensor:
 
 
 _IN = {"": lambda x: x, "linear_to_conv": lambda x: x[..., None, None],
-       "conv_to_linear": lambda x: x.flatten(1), "conv1d_to_linear": lambda x: x.flatten(1), "swap": _swap}
+       "conv_to_linear": lambda x: x.flatten(1), "conv1d_to_linear": lambda x: x.flatten(1), "swap": _swap,
+       "transpose": lambda x: x.T, "matrix_to_conv": lambda x: x.T[..., None, None]}
 _OUT = {"": lambda x: x, "linear_to_conv": lambda x: x.flatten(1),
         "conv_to_linear": lambda x: x[..., None, None], "conv1d_to_linear": lambda x: x[..., None],
-        "swap": _swap}
+        "swap": _swap, "transpose": lambda x: x.T, "matrix_to_conv": lambda x: x.flatten(1).T}
 
 
 def _regroup(x: Tensor, outer: int, inner: int) -> Tensor:
@@ -70,7 +72,20 @@ def _regroup(x: Tensor, outer: int, inner: int) -> Tensor:
 
 def to_native(table: list[Row], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Foreign state dict -> native. Every key is used exactly once; a left-over or missing one is a ModelError."""
-    left, out = dict(state), {}
+    out = {}
+    for key, row, names in parts_of(table, state):
+        parts = len(_foreign(row))
+        tensors = [_regroup(_IN[row.op](state[name]), row.heads, 3) for name in names[:parts]]
+        out[key] = tensors[0] if parts == 1 else torch.cat(tensors)
+        for copy in names[parts:]:
+            if state[copy].device.type != "meta" and not torch.equal(state[copy], tensors[0]):
+                raise ModelError(f"{copy} should repeat {names[0]}, but it differs")
+    return out
+
+
+def parts_of(table: list[Row], keys: Iterable[str]) -> list[tuple[str, Row, list[str]]]:
+    """Each native key with its row and the foreign keys that it is made of, repeats last; raises as `to_native`."""
+    left, out = dict.fromkeys(keys), []
     for row in table:
         parts = _foreign(row)
         for key in [k for k in left if _match(parts[0], k) is not None]:
@@ -78,19 +93,18 @@ def to_native(table: list[Row], state: Mapping[str, Tensor]) -> dict[str, Tensor
             names = [_fill(p, index) for p in parts]
             if missing := [n for n in names if n not in left]:
                 raise ModelError(f"the checkpoint has {key} but not {missing[0]}")
-            tensors = [_regroup(_IN[row.op](left.pop(n)), row.heads, 3) for n in names]
-            out[_fill(row.native, index)] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-            for copy in _copies(row, index, left):
-                same = left.pop(copy)
-                if same.device.type != "meta" and not torch.equal(same, tensors[0]):
-                    raise ModelError(f"{copy} should repeat {key}, but it differs")
+            if row.copies:
+                names += _copies(row, index, left.keys() - set(names))
+            for name in names:
+                del left[name]
+            out.append((_fill(row.native, index), row, names))
     if left:
         raise _surplus(table, left)
     return out
 
 
-def _copies(row: Row, index: tuple[str, ...], left: Mapping[str, Any]) -> list[str]:
-    return [k for pattern in row.copies for k in list(left) if _match(_fill(pattern, index), k) is not None]
+def _copies(row: Row, index: tuple[str, ...], left: Iterable[str]) -> list[str]:
+    return [k for pattern in row.copies for k in sorted(left) if _match(_fill(pattern, index), k) is not None]
 
 
 def _surplus(table: list[Row], left: Mapping[str, Any]) -> ModelError:

@@ -21,6 +21,7 @@ class Layout(NamedTuple):
     config.json, or None when the layout is a single file. file: the weights' name in the folder.
     copies(config) -> how often copied keys are repeated. drop: foreign keys (patterns) that carry no information.
     constants(config) -> foreign keys computed from the configuration: compared on the way in, written on the way out.
+    auto: whether its keys tell it; False: another layout has the same ones, so this one is read only by its name.
     unsaid(shapes, foreign_config) -> dotted settings the checkpoint does not tell; `config` holds the usual value,
     or None where there is no usual one and the user has to say.
     """
@@ -37,3 +38,4 @@ class Layout(NamedTuple):
     drop: tuple[str, ...] = ()
     constants: Callable[[dict], dict[str, Tensor]] = lambda config: {}
     unsaid: Callable[[Shapes, dict | None], tuple[str, ...]] = lambda shapes, foreign: ()
+    auto: bool = True

@@ -87,7 +87,7 @@ def copy_tensors(source: str, out: str) -> None:
         try:
             _refuse_bomb(source, os.path.getsize(source))
             loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
-            save_file(_flat(loaded), out)
+            save_file(_flat(_named_average(loaded)), out)
         except (MemoryError, ModelError):
             raise
         except Exception as error:                        # noqa: BLE001 - a hostile file can raise anything
@@ -117,6 +117,25 @@ def _refuse_bomb(source: str, size: int) -> None:
         if unpacked > 2 * size + (1 << 20):
             raise ModelError(f"refused as unsafe: {size:,} bytes that unpack to {unpacked:,}",
                              hint="PyTorch does not compress its checkpoints; do not trust this one")
+
+
+def _named_average(loaded):
+    """An average that is a bare list, in the order of the model's trained parameters (score SDE's `shadow_params`),
+    under the model's names; what it leaves out, buffers and fixed frequencies, is the model's own."""
+    import torch
+
+    model, ema = (loaded.get(key) for key in ("model", "ema")) if isinstance(loaded, dict) else (None, None)
+    listed = ema.get("shadow_params") if isinstance(ema, dict) else None
+    if not isinstance(model, dict) or not isinstance(listed, list | tuple):
+        return loaded
+    named, left = {}, list(listed)
+    for name, tensor in model.items():
+        match = left and isinstance(tensor, torch.Tensor) and getattr(left[0], "shape", None) == tensor.shape
+        named[name] = left.pop(0) if match else tensor
+    if left:
+        raise ModelError(f"its list of averages does not follow its model: {len(left)} of {len(listed)} have no name",
+                         hint="is it a checkpoint of another repository?")
+    return {**loaded, "ema": named}
 
 
 def _flat(loaded) -> dict:

@@ -3,43 +3,35 @@
 Letters: B pictures, H W pixels (H = W = size), C channels (1 grey or 3 RGB), N pictures in a set.
 """
 
-import csv
-import glob
 import hashlib
 import io
 import json
 import os
-import posixpath
-import re
-import tarfile
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nexus.data import shards
+from nexus.data.folders import Picture, find
+from nexus.data.spec import EMBEDDED
 from nexus.data.split import PAIR_SHARE, fraction, held_out
 from nexus.errors import InputError, UsageError
 
-EMBEDDED = ("emoji", "mnist")
 SPLITS = ("train", "pair", "concept", "all")
 STYLES = ("noto", "twemoji", "flat", "3d")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 # PIL reads dozens of formats; the parsers of the rare ones are attack surface.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-# Looked at; those after .tiff only so that `skipped` says that they are not read.
-EXTENSIONS = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .heic .heif .avif .jxl .jp2 .svg .tga .psd".split()
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 64 * 2**20
-MAX_NOTE_BYTES = 2**20  # a caption file
 MIN_SIDE = 8  # pixels; smaller ones are tracking dots and placeholders
 KEEP_BYTES = 256 * 2**20  # a user's pictures stay in memory, resized, up to this much
 DEFAULT_SIZE = 64
@@ -63,15 +55,16 @@ class ImageSet:
     """Pictures with captions; labels [N] index facts.classes, style_ids [N] index facts.styles."""
 
     def __init__(self, facts: Facts, captions: list[str], labels: np.ndarray, style_ids: np.ndarray,
-                 load: Callable[[int], np.ndarray], *, pad: int | None = None,
+                 load: Callable[[int], np.ndarray], *, names: list[str], pad: int | None = None,
                  skipped: Iterable[tuple[str, str]] = ()):
         self.facts = facts
         self.captions = captions
+        self.names = names  # of its files, or its captions where it has none
         self.labels = labels
         self.style_ids = style_ids
         self.skipped = list(skipped)  # (name, reason) of every picture that was left out
         self._load = load
-        self._pad = pad  # the background that a shift uncovers; None repeats the edge
+        self.pad = pad  # the background that a shift uncovers; None repeats the edge
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -92,7 +85,7 @@ class ImageSet:
         images = [self.get(i) for i in indices]
         if shift:
             moves = torch.randint(-shift, shift + 1, (len(images), 2), generator=rng).tolist()
-            images = [_shifted(x, dy, dx, self._pad) for x, (dy, dx) in zip(images, moves)]
+            images = [_shifted(x, dy, dx, self.pad) for x, (dy, dx) in zip(images, moves)]
         if flip:
             mirrored = (torch.rand(len(images), generator=rng) < flip).tolist()
             images = [x[:, ::-1] if m else x for x, m in zip(images, mirrored)]
@@ -119,6 +112,8 @@ def open_images(spec: str, *, size: int | None = None, channels: int | None = No
                 split: str = "train") -> ImageSet:
     """Opens "emoji", "mnist", a folder, or a .tar (or a glob of them) as pictures of size x size pixels.
 
+    "emoji:noto+flat" are those of some styles alone; "emoji" are those of STYLES.
+
     Without `size` and `channels`: as packed (emoji 64 RGB, mnist 28 grey), else 64 RGB. Raises UsageError for
     a bad option, InputError when there is nothing to read; single bad pictures land in `.skipped` instead.
     """
@@ -128,20 +123,25 @@ def open_images(spec: str, *, size: int | None = None, channels: int | None = No
         raise UsageError(f"picture size {size} is out of range, expected 1 to 4096 pixels")
     if channels not in (None, 1, 3):
         raise UsageError(f"{channels} channels are not possible, expected 1 (grey) or 3 (colour)")
-    if spec in EMBEDDED:
-        return _open_embedded(spec, size, channels, split)
-    return _open_found(spec, *_find(spec), size or DEFAULT_SIZE, channels or 3, split)
+    name, _, wanted = spec.partition(":")
+    if name in EMBEDDED:
+        return _open_embedded(name, size, channels, split, tuple(wanted.split("+")) if wanted else ())
+    return _open_found(spec, *find(spec), size or DEFAULT_SIZE, channels or 3, split)
 
 
-def _open_embedded(name: str, size: int | None, channels: int | None, split: str) -> ImageSet:
+def _open_embedded(name: str, size: int | None, channels: int | None, split: str, wanted: tuple[str, ...]) -> ImageSet:
     pictures, items = shards.read(name)
+    if unknown := set(wanted) - {item.get("style") for item in items}:
+        raise InputError(f"{name} has no style {min(unknown)!r}",
+                         hint="styles: " + (", ".join(sorted({i["style"] for i in items if "style" in i})) or "none"))
     if name == "emoji":
-        part = [held_out(item["caption"], item["style"]) for item in items]
-        classes, styles, pad = tuple(sorted({item["caption"] for item in items})), STYLES, 255
+        styles, pad = wanted or STYLES, 255
+        part = [held_out(i["caption"], i["style"]) if i["style"] in styles else "" for i in items]
+        classes = tuple(sorted({item["caption"] for item, p in zip(items, part) if p}))
     else:
         part = ["pair" if item["split"] == "test" else "train" for item in items]
         classes, styles, pad = DIGITS, ("",), 0
-    chosen = [i for i, p in enumerate(part) if split in (p, "all")]
+    chosen = [i for i, p in enumerate(part) if p and split in (p, "all")]
     if not chosen:
         raise InputError(f"{name} has no {split!r} split", hint="use train, pair or all")
     digest = hashlib.sha256()
@@ -155,7 +155,7 @@ def _open_embedded(name: str, size: int | None, channels: int | None, split: str
     labels = _positions(captions, classes)
     style_ids = _positions([items[i].get("style", "") for i in chosen], styles)
     facts = Facts(classes, styles, size, channels, len(chosen), digest.hexdigest())
-    return ImageSet(facts, captions, labels, style_ids, kept.__getitem__, pad=pad)
+    return ImageSet(facts, captions, labels, style_ids, kept.__getitem__, names=captions, pad=pad)
 
 
 def _positions(values: list[str], table: tuple[str, ...]) -> np.ndarray:
@@ -163,30 +163,7 @@ def _positions(values: list[str], table: tuple[str, ...]) -> np.ndarray:
     return np.array([places[value] for value in values], np.int64)
 
 
-class _Place(NamedTuple):
-    """Where a file lies: the bytes of a file, or of a member of a tar."""
-
-    path: str
-    start: int
-    length: int
-
-    def read(self) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            return file.read(self.length)
-
-
-class _Picture(NamedTuple):
-    """A picture file and what is known of it."""
-
-    name: str
-    caption: str
-    style: str
-    group: str  # its class
-    place: _Place
-
-
-def _open_found(spec: str, pictures: list[_Picture], skipped: list[tuple[str, str]],
+def _open_found(spec: str, pictures: list[Picture], skipped: list[tuple[str, str]],
                 size: int, channels: int, split: str) -> ImageSet:
     # The set must not depend on the order in which a disk or tar lists it.
     pictures.sort()
@@ -214,7 +191,7 @@ def _open_found(spec: str, pictures: list[_Picture], skipped: list[tuple[str, st
     facts = Facts(classes, styles, size, channels, len(good), digest.hexdigest())
     load = partial(_load, good, kept, digests, size, channels)
     return ImageSet(facts, [p.caption for p in good], _positions([p.group for p in good], classes),
-                    _positions([p.style for p in good], styles), load, skipped=skipped)
+                    _positions([p.style for p in good], styles), load, names=[p.name for p in good], skipped=skipped)
 
 
 def _choose(names: list[str], split: str, spec: str) -> list[int]:
@@ -229,7 +206,7 @@ def _choose(names: list[str], split: str, spec: str) -> list[int]:
     return [i for i in everything if (ranks[i] < bound) == (split == "pair")]
 
 
-def _check(picture: _Picture, *, size: int, channels: int) -> tuple[np.ndarray | None, str]:
+def _check(picture: Picture, *, size: int, channels: int) -> tuple[np.ndarray | None, str]:
     """(picture uint8 [H, W, C], sha256 of its bytes), or (None, why it cannot be used)."""
     try:
         if picture.place.length > MAX_BYTES:
@@ -242,7 +219,7 @@ def _check(picture: _Picture, *, size: int, channels: int) -> tuple[np.ndarray |
         return None, " ".join(str(error).split()) or type(error).__name__
 
 
-def _load(pictures: list[_Picture], kept: list[np.ndarray | None], digests: list[str],
+def _load(pictures: list[Picture], kept: list[np.ndarray | None], digests: list[str],
           size: int, channels: int, i: int) -> np.ndarray:
     if kept[i] is not None:
         return kept[i]
@@ -289,109 +266,3 @@ def _fit(image: Image.Image, size: int, channels: int) -> np.ndarray:
     """Centre crop to a square, antialiased resize -> uint8 [size, size, channels]."""
     image = image.convert("L" if channels == 1 else "RGB")
     return np.array(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)).reshape(size, size, channels)
-
-
-def _find(spec: str) -> tuple[list[_Picture], list[tuple[str, str]]]:
-    """All picture files of a folder, a tar or a glob of tars, and (name, reason) of what cannot be used."""
-    path = os.path.expanduser(spec)
-    pictures, skipped = [], []
-    if os.path.isdir(path):
-        _describe(_walk(path, skipped), "", pictures, skipped)
-    elif tars := [path] if os.path.isfile(path) else sorted(glob.glob(path)):
-        for tar in tars:
-            _describe(_members(tar, skipped), os.path.basename(tar) + ":", pictures, skipped)
-    else:
-        raise InputError(f"data {spec!r} does not exist, expected emoji, mnist, a folder or a .tar",
-                         hint="check the spelling; a path is relative to the current directory")
-    return pictures, skipped
-
-
-def _walk(root: str, skipped: list[tuple[str, str]]) -> dict[str, _Place]:
-    """Files below a folder by relative name; hidden ones are not looked at, links to folders not followed."""
-    places = {}
-    unreadable = lambda error: skipped.append((error.filename, error.strerror))  # noqa: E731
-    for folder, subfolders, files in os.walk(root, onerror=unreadable):
-        here = Path(folder).relative_to(root)
-        skipped += [((here / name).as_posix(), "a link to a folder, links are not followed")
-                    for name in subfolders if os.path.islink(os.path.join(folder, name))]
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in files:
-            path = os.path.join(folder, name)
-            if os.path.isfile(path):  # a pipe would block, a dangling link has no size
-                places[(here / name).as_posix()] = _Place(path, 0, os.path.getsize(path))
-            else:
-                skipped.append(((here / name).as_posix(), "not a regular file"))
-    return {name: place for name, place in places.items() if not PurePosixPath(name).name.startswith(".")}
-
-
-def _members(path: str, skipped: list[tuple[str, str]]) -> dict[str, _Place]:
-    """Files in a tar by name; nothing is extracted, so names are labels and never paths."""
-    places = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isreg() and not member.issparse():
-                    places[member.name] = _Place(path, member.offset_data, member.size)
-                elif not member.isdir():
-                    skipped.append((member.name, "not a regular file"))
-    except (tarfile.TarError, OSError) as error:
-        if not places:
-            raise InputError(f"{path!r} cannot be read as a .tar: {error}",
-                             hint="expected an uncompressed .tar of name.png + name.txt pairs") from None
-        skipped.append((path, f"damaged after {len(places)} members: {error}"))
-    return places
-
-
-def _describe(places: dict[str, _Place], prefix: str, pictures: list[_Picture],
-              skipped: list[tuple[str, str]]) -> None:
-    """Adds each picture with its caption: metadata row, else name.txt, name.json, else its folder's name."""
-    rows = {}
-    for name, place in places.items():
-        if PurePosixPath(name).name in ("metadata.jsonl", "metadata.csv"):
-            rows.update(_metadata(prefix + name, name, place))
-    for name in sorted(rows.keys() - places.keys()):
-        skipped.append((prefix + name, "named in the metadata but not there"))
-    for name, place in places.items():
-        stem, extension = os.path.splitext(name)
-        if extension.lower() not in EXTENSIONS:
-            continue
-        try:
-            note = {}
-            for beside in (".json", ".txt"):
-                if stem + beside in places:
-                    note |= _note(places[stem + beside], beside)
-            folder = PurePosixPath(name).parent.name
-            note |= rows.get(name, {})
-            caption = " ".join(note.get("text", note.get("caption", re.sub("[-_]", " ", folder))).split())
-            known = prefix + name, caption, note.get("style", ""), note.get("class", "")
-            "".join(known).encode()  # a number or an invalid character ends here, not in a checkpoint
-            pictures.append(_Picture(*known[:3], known[3] or folder or caption, place))
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            reason = f"its name, caption, style or class is not readable text: {error}"
-            skipped.append(((prefix + name).encode(errors="replace").decode(), reason))
-
-
-def _note(place: _Place, extension: str) -> dict:
-    """What the .txt or .json beside a picture says of it; raises ValueError."""
-    if place.length > MAX_NOTE_BYTES:
-        raise ValueError(f"{place.length} bytes of caption, more than the {MAX_NOTE_BYTES} allowed")
-    text = place.read().decode("utf-8-sig")
-    return {"text": text} if extension == ".txt" else dict(json.loads(text))
-
-
-def _metadata(shown: str, name: str, place: _Place) -> Iterator[tuple[str, dict]]:
-    """(picture name, note) per row of metadata.jsonl or metadata.csv; raises InputError naming the row."""
-    line = 0
-    try:
-        lines = io.StringIO(place.read().decode("utf-8-sig"), newline="")
-        rows = csv.DictReader(lines) if name.endswith(".csv") else map(json.loads, filter(str.strip, lines))
-        for line, row in enumerate(rows, start=1):
-            note = {"text": row.get("text", row.get("caption"))}
-            note |= {key: row[key] for key in ("style", "class") if key in row}
-            picture = row["file_name"]
-            if not all(isinstance(value, str) for value in (picture, *note.values())):
-                raise ValueError("expected text in file_name, text, style and class")
-            yield posixpath.normpath(posixpath.join(posixpath.dirname(name), picture)), note
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, csv.Error, RecursionError) as error:
-        raise InputError(f"{shown} cannot be read after row {line}: {error!r}",
-                         hint="expected file_name and text (or caption) in every row, as UTF-8") from None

@@ -15,6 +15,7 @@ from nexus.evaluate.features import Extractor, cached_features
 
 MOST_REAL = 2000        # held-out pictures that are looked at: a first look takes some 15 ms a picture and core
 MOST_TRAIN = 6000       # training pictures
+KID = "polynomial of degree 3, unbiased, all pairs"
 Watch = Callable[[int, int], Any]
 
 
@@ -89,13 +90,16 @@ def numbers(judge: Judge, made: Made, x: Tensor, seed: int) -> sets.Numbers:
 
 def protocol(judge: Judge, made: Made) -> dict:
     """What the numbers hold for."""
-    e = judge.extractor
     facts = {"made": len(made.pictures), "real": len(judge.held.rows), "training": len(judge.train.rows),
-             "extractor": e.name, "extractor_sha256": e.digest, "extractor_device": e.device.type,
-             "resize": f"to {e.size} px, bilinear, antialiased" if e.size else "by the extractor",
-             "kid": "polynomial of degree 3, unbiased, all pairs",
+             **looked_at_with(judge.extractor), "kid": KID,
              "interval": f"95 %: jackknife (kid), bootstrap over pictures with {DRAWS} draws (the others)"}
     if judge.probe is None or made.rows is None:
         return facts
     return facts | {"captions": "ridge from the features to MiniLM text, fitted on the training pictures; "
                                 f"the nearest of {len(judge.probe.texts)} by cosine"}
+
+
+def looked_at_with(e: Extractor) -> dict:
+    """What is to be known of the features."""
+    return {"extractor": e.name, "extractor_sha256": e.digest, "extractor_device": e.device.type,
+            "resize": f"to {e.size} px, bilinear, antialiased" if e.size else "by the extractor"}

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +26,11 @@ def analysis(system: nn.Module) -> ModuleType | None:
 
 
 def reconstruction(system: nn.Module, batches: Iterable[dict], *, seed: int,
+                   rebuilt: Callable[[np.ndarray], Any] = lambda pictures: None,
                    watch: Callable[[int], Any] = lambda done: None) -> dict[str, Tensor]:
     """Per picture [N]: "psnr" (dB) and "ssim" of 8-bit pictures; "elbo", "iwae" where the system knows them.
+
+    rebuilt(pictures) is given what the system makes of each batch, uint8 [B, H, W, C].
 
     These two are upper bounds on -log2 p(x) a dimension: of the pixels' density on [-1, 1], or their probability when
     the likelihood is Bernoulli. iwae is for flat latents only: a map of thousands needs too many importance samples.
@@ -42,6 +46,7 @@ def reconstruction(system: nn.Module, batches: Iterable[dict], *, seed: int,
     for batch in batches:
         x = batch["image"].to(weight)
         before, after = (_bytes(pictures) for pictures in (x, own.rebuild(system, x)))
+        rebuilt(after.byte().movedim(1, -1).numpy())
         found = {"psnr": psnr(before, after), "ssim": ssim(before, after)}
         per_bit = math.log(2) * math.prod(x.shape[1:])
         for name, bound in bounds.items():      # one by one, so that a picture's draws do not depend on its batch

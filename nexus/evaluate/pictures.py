@@ -8,13 +8,14 @@ from nexus.errors import InputError
 
 WINDOW, SIGMA = 11, 1.5         # pixels
 K1, K2, PEAK = 0.01, 0.03, 255.0
+PSNR_MOST = 100.0              # dB, of one picture: equal ones are infinitely near, and a mean must stay a number
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal to noise ratio in dB, x and y [N, C, H, W] in [0, 255] -> [N]; equal pictures give infinity."""
+    """Peak signal to noise ratio in dB, x and y [N, C, H, W] in [0, 255] -> [N], at most 100 (equal pictures)."""
     _check(x, y, 1)
     error = (x.double() - y.double()).square().flatten(1).mean(1)
-    return 10 * torch.log10(PEAK**2 / error)
+    return (10 * torch.log10(PEAK**2 / error)).clamp(max=PSNR_MOST)
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:

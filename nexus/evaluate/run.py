@@ -9,14 +9,17 @@ import numpy as np
 from torch import nn
 
 from nexus import catalog, checkpoint
-from nexus.data.images import EXTENSIONS, ImageSet, open_images
-from nexus.errors import InputError, UsageError
+from nexus.data.folders import EXTENSIONS
+from nexus.data.images import ImageSet, open_images
+from nexus.errors import InputError, ModelError, UsageError
+from nexus.evaluate import classify, density, sets, translation
 from nexus.evaluate import judge as judges
 from nexus.evaluate.bootstrap import DRAWS, mean_interval
-from nexus.evaluate.features import features, open_extractor
+from nexus.evaluate.features import cached_features, features, open_extractor
 from nexus.evaluate.judge import Made, Watch, order
 from nexus.evaluate.kernel import FEWEST
 from nexus.evaluate.likelihood import analysis, reconstruction
+from nexus.evaluate.pictures import PSNR_MOST
 from nexus.evaluate.sheets import write_sheet
 from nexus.images import read_image, read_record
 from nexus.media import to_uint8
@@ -47,19 +50,23 @@ def evaluate(what: str, *, model: str | None = None, data: str | None = None, sp
              count: int | None = None, seed: int = 0, steps: int | None = None, guidance: float | None = None,
              sampler: str | None = None, batch_size: int = 8, extractor: str = "lite0", device: str = "auto",
              dtype: str = "auto", samples: str | Path | None = None, sheet: str | Path | None = None,
-             generate: Generate | None = None, progress: Watch | None = None) -> dict:
+             likelihood: bool = False, generate: Generate | None = None, progress: Watch | None = None) -> dict:
     """Numbers on a system, a model or a folder of pictures, with the protocol that they hold for.
 
     what: a catalog name (with `model`, or its embedded checkpoint), a model's path or zoo name, or a folder of
     pictures. data: by default the set that the model was trained on. count: pictures to make or rebuild (default: one
     for each held-out picture, at most 1,000). samples: a folder of pictures made before, judged in place of new ones.
+    likelihood: bits a dimension of held-out pictures under a model on pixels, in place of numbers on samples.
     sheet: a picture file to write, of the worst and best beside real ones. generate(prompts, seeds): how pictures are
     made, by default with the model itself. progress(done, total) counts pictures.
     A number is a float or {"value", "low", "high"}. Raises InputError, ModelError or UsageError.
     """
     settings = Settings(split, count, seed, extractor, device, sheet, progress or (lambda done, total: None))
     folder = samples or (what if _holds_pictures(what) else None)
+    sampling = {"steps": steps, "guidance": guidance, "sampler": sampler}
     if folder is not None:
+        _refuse({"model": model, "likelihood": likelihood or None, **sampling},
+                "pictures that are there already are judged")
         return _folder(Path(folder), data or "emoji", settings)
     name = model or (catalog.entry(what).default or what if what in catalog.CATALOG else what)
     described = checkpoint.read_description(checkpoint.find(name))
@@ -67,16 +74,39 @@ def evaluate(what: str, *, model: str | None = None, data: str | None = None, sp
     data = data or described.get("data")
     if not data:
         raise UsageError(f"{name} does not say what it was trained on", hint="name a data set with --data")
+    if hasattr(system, "translate"):
+        _refuse({**sampling, "likelihood": likelihood or None, "sheet": sheet}, "this model is judged by counterparts")
+        return _translated(system, data, {"system": described["system"], "model": name}, settings, batch_size)
     config = system.config
     held = open_images(data, split=split, size=getattr(config, "image_size", None),
                        channels=getattr(config, "image_channels", None))
     facts = {"system": described["system"], "model": name, **_facts(held, data, settings), **_machine(system)}
+    if likelihood:
+        _refuse({"guidance": guidance, "sampler": sampler, "sheet": sheet}, "no picture is made")
+        return _likely(system, held, facts, settings, steps, batch_size)
     if analysis(system) is not None:
+        _refuse({**sampling, "sheet": sheet}, "this model is judged by its reconstructions")
         return _rebuilt(system, held, facts, settings, batch_size)
-    request = SampleRequest.parse({"steps": steps, "guidance": guidance, "sampler": sampler})
+    request = SampleRequest.parse(sampling)
     used = getattr(system, "used_settings", lambda request: {})(request)
-    facts |= {"sampler": sampler, "steps": steps, "guidance": guidance, **used}
-    return _generated(system, held, data, facts, settings, generate or from_system(system, request, batch_size))
+    facts |= {**sampling, **used}
+    found = _generated(system, held, data, facts, settings, generate or from_system(system, request, batch_size))
+    own = getattr(system, "measures", lambda seed: {})(seed)
+    return {**found, "numbers": {**found["numbers"], **own}}
+
+
+def _refuse(given: dict[str, Any], why: str) -> None:
+    """UsageError naming the first setting that would be ignored."""
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"--{name} has no meaning here: {why}", hint=f"leave --{name} out")
+
+
+def _translated(system: nn.Module, data: str, facts: dict, settings: Settings, batch_size: int) -> dict:
+    """How near translations of held-out pictures are to their counterparts."""
+    numbers, how = translation.measured(system, data, split=settings.split, count=settings.count or MOST,
+                                        seed=settings.seed, batch_size=batch_size, watch=settings.watch)
+    return {"protocol": facts | how | _machine(system), "numbers": numbers}
 
 
 def _holds_pictures(what: str) -> bool:
@@ -97,15 +127,52 @@ def _machine(system: nn.Module) -> dict:
 
 
 def _rebuilt(system: nn.Module, held: ImageSet, facts: dict, settings: Settings, batch_size: int) -> dict:
-    """PSNR, SSIM and likelihood bounds of held-out pictures."""
+    """PSNR, SSIM and likelihood bounds of held-out pictures, and how far the rebuilt set is from real pictures."""
     count = min(settings.count or MOST, len(held))
     rows = order(len(held), count, settings.seed)
     batches = (held.batch(rows[i:i + batch_size]) for i in range(0, count, batch_size))
-    values = reconstruction(system, batches, seed=settings.seed, watch=lambda done: settings.watch(done, count))
-    facts |= {"pictures": count, "interval": f"95 %, bootstrap over pictures, {DRAWS} draws"}
+    pictures: list[np.ndarray] = []
+    values = reconstruction(system, batches, seed=settings.seed, rebuilt=pictures.extend,
+                            watch=lambda done: settings.watch(done, count))
+    apart, how = _apart(held, rows, pictures, settings)
+    facts |= {"pictures": count, "psnr": f"mean over pictures, {PSNR_MOST:g} dB at most for each",
+              "interval": f"95 %, bootstrap over pictures, {DRAWS} draws"}
     if "iwae" in values:
         facts["importance_samples"] = system.config.iwae_k
-    return {"protocol": facts, "numbers": {NAMES[key]: mean_interval(v, settings.seed) for key, v in values.items()}}
+    numbers = {NAMES[key]: mean_interval(v, settings.seed) for key, v in values.items()}
+    return {"protocol": facts | how, "numbers": numbers | apart}
+
+
+def _likely(system: nn.Module, held: ImageSet, facts: dict, settings: Settings, steps: int | None,
+            batch_size: int) -> dict:
+    """Bits a dimension of held-out pictures, each under its own caption where the model reads one."""
+    if not density.is_dense(system):
+        raise UsageError(f"{facts['system']} does not denoise: it has no likelihood of this kind",
+                         hint="leave --likelihood out")
+    count = min(settings.count or MOST, len(held))
+    rows = order(len(held), count, settings.seed)
+    asked = prompts_of(held, rows) if system.conditioner is not None else [None] * count
+    batches = ((held.batch(rows[i:i + batch_size]), asked[i:i + batch_size]) for i in range(0, count, batch_size))
+    values, how = density.bits(system, batches, seed=settings.seed, steps=steps,
+                               watch=lambda done: settings.watch(done, count))
+    facts |= {"pictures": count, **how, "interval": f"95 %, bootstrap over pictures, {DRAWS} draws"}
+    return {"protocol": facts, "numbers": {"nll (bits a dimension)": mean_interval(values, settings.seed)}}
+
+
+def _apart(held: ImageSet, rows: list[int], rebuilt: list[np.ndarray], settings: Settings) -> tuple[dict, dict]:
+    """The kernel distance of rebuilt pictures from other real ones: what generators in a codec's latents start from.
+
+    -> (numbers, protocol); without numbers when the extractor is not installed, which the protocol then says.
+    """
+    if len(rows) < 2 * FEWEST:
+        return {}, {}
+    try:
+        extractor = open_extractor(settings.extractor, device=settings.device)
+    except ModelError as error:
+        return {}, {"kid": f"not measured: {error}"}
+    real = cached_features(extractor, [held.get(i) for i in rows], settings.watch)
+    made = features(extractor, rebuilt, settings.watch)
+    return sets.apart(real, made), {"kid": judges.KID, **judges.looked_at_with(extractor)}
 
 
 def _generated(system: nn.Module, held: ImageSet, data: str, facts: dict, settings: Settings,
@@ -175,5 +242,11 @@ def _judged(judge: judges.Judge, made: Made, facts: dict, settings: Settings) ->
     x = features(judge.extractor, made.pictures, settings.watch)
     if settings.sheet is not None:
         write_sheet(settings.sheet, judge, made, x)
-    return {"protocol": {**facts, **judges.protocol(judge, made)},
-            "numbers": judges.numbers(judge, made, x, settings.seed)}
+    found = {"protocol": {**facts, **judges.protocol(judge, made)},
+             "numbers": judges.numbers(judge, made, x, settings.seed)}
+    held = judge.held.set
+    hits = made.rows and classify.digit_hits(held.facts.classes, made.pictures, held.labels[made.rows])
+    if hits is not None:
+        found["numbers"]["digit accuracy"] = mean_interval(hits, settings.seed)
+        found["protocol"] |= classify.protocol()
+    return found

@@ -34,6 +34,16 @@ def compare(real: Tensor, made: Tensor, seed: int) -> Numbers:
     return found
 
 
+def apart(real: Tensor, made: Tensor) -> Numbers:
+    """The kernel distance of rebuilt pictures from real ones that they are no copies of: the halves are crossed.
+
+    real [N, D] and made [N, D] are features of the same pictures in the same random order; N >= 6.
+    """
+    half = len(real) // 2
+    return {"kid, rebuilt half against the other real half": normal_interval(*kid(real[:half], made[half:])),
+            "real kid, those halves": normal_interval(*kid(real[:half], real[half:]))}
+
+
 def yardstick(real: Tensor, style_ids: Tensor, styles: tuple[str, ...], seed: int) -> Numbers:
     """The kernel distance of real pictures from real ones: two random halves, and each style from each other."""
     found: Numbers = {}

@@ -5,12 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, identity: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for q [B, H, L, D], k and v [B, H, S, D] -> [B, H, L, D].
 
     mask: bool, broadcastable to [B, H, L, S], True = may be seen. Without gradients, short bfloat16 sequences on
-    the CPU take plain products, which run about twice as fast there as the fused kernel (docs/design.md).
+    the CPU take plain products, which run about twice as fast there as the fused kernel (docs/design.md). identity:
+    every query sees its own place alone, whatever the scores (Ahn et al. 2024).
     """
+    if identity:
+        return v
     if _plain_is_faster(q, k):
         scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
         if mask is not None:

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from nexus.errors import InputError
+
 
 def sinusoid(t: Tensor, dim: int, *, max_period: float = 10_000.0, shift: float = 0.0,
              sin_first: bool = False) -> Tensor:
@@ -36,14 +38,28 @@ class TimestepMLP(nn.Module):
         return self.fc2(nn.functional.silu(self.fc1(wave if extra is None else wave + extra)))
 
 
-def sincos_2d(dim: int, rows: int, cols: int, *, scale: float = 1.0) -> Tensor:
+def with_ids(emb: Tensor, cond: dict[str, Tensor], label: nn.Embedding | None, style: nn.Embedding | None, *,
+             null_label: bool = True) -> Tensor:
+    """emb [B or 1, E] plus the rows of cond's "label" and "style" [B]; a missing one takes its table's last, the null.
+
+    A table that is None takes no part. Raises InputError for a missing label where `null_label` says there is no null.
+    """
+    if label is not None and "label" not in cond and not null_label:
+        raise InputError("this network has no null label, so it needs a label", hint="give a prompt")
+    for name, table in (("label", label), ("style", style)):
+        if table is not None:
+            emb = emb + (table(cond[name]) if name in cond else table.weight[-1])
+    return emb
+
+
+def sincos_2d(dim: int, rows: int, cols: int, *, scale: float = 1.0, top: int = 0, left: int = 0) -> Tensor:
     """Fixed 2-D sine-cosine table [rows * cols, dim] in float32: first half encodes the column (w), second the row.
 
-    Positions are divided by `scale`. MAE / DiT.
+    Positions start at `top` and `left` and are divided by `scale`. MAE / DiT.
     """
     omega = 1.0 / 10_000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    r = torch.arange(rows, dtype=torch.float64) / scale
-    c = torch.arange(cols, dtype=torch.float64) / scale
+    r = torch.arange(top, top + rows, dtype=torch.float64) / scale
+    c = torch.arange(left, left + cols, dtype=torch.float64) / scale
 
     def encode(p: Tensor) -> Tensor:
         angles = p[:, None] * omega

@@ -64,8 +64,9 @@ class SelfAttention2d(nn.Module):
             nn.init.zeros_(self.proj.weight)
             nn.init.zeros_(self.proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, identity: bool = False) -> Tensor:
+        """identity: every pixel attends to itself alone."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)                     # [B, HW, C]
         q, k, v = (split_heads(p, self.heads) for p in self.qkv(tokens).chunk(3, -1))
-        out = self.proj(merge_heads(attend(q, k, v)))
+        out = self.proj(merge_heads(attend(q, k, v, identity=identity)))
         return x + out.transpose(1, 2).unflatten(2, x.shape[2:])

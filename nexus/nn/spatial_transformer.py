@@ -33,10 +33,10 @@ class TokenBlock(nn.Module):
         k, v = self.kv(context).chunk(2, -1)
         return split_heads(k, self.heads), split_heads(v, self.heads)
 
-    def forward(self, x: Tensor, words: KeyValue, mask: Tensor | None = None) -> Tensor:
-        """mask [B, 1, 1, S] bool, True = a word that may be seen."""
+    def forward(self, x: Tensor, words: KeyValue, mask: Tensor | None = None, identity: bool = False) -> Tensor:
+        """mask [B, 1, 1, S] bool, True = a word that may be seen. identity: pixels attend to themselves alone."""
         q, k, v = (split_heads(p, self.heads) for p in self.qkv(self.norm1(x)).chunk(3, -1))
-        x = x + self.proj1(merge_heads(attend(q, k, v)))
+        x = x + self.proj1(merge_heads(attend(q, k, v, identity=identity)))
         q = split_heads(self.q(self.norm2(x)), self.heads)
         x = x + self.proj2(merge_heads(attend(q, *words, mask)))
         h, gate = self.fc1(self.norm3(x)).chunk(2, -1)
@@ -59,8 +59,8 @@ class SpatialTransformer(nn.Module):
         """The keys and values of every block for context [B, S, D]."""
         return [block.words(context) for block in self.blocks]
 
-    def forward(self, x: Tensor, words: list[KeyValue], mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, words: list[KeyValue], mask: Tensor | None = None, identity: bool = False) -> Tensor:
         tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))
         for block, pair in zip(self.blocks, words, strict=True):
-            tokens = block(tokens, pair, mask)
+            tokens = block(tokens, pair, mask, identity)
         return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])

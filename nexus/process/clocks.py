@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nexus.errors import UsageError
+from nexus.process import edm
 
 PURE_NOISE = 1e3        # the sigma/alpha that stands for infinity when a schedule needs a finite one
 
@@ -35,11 +36,10 @@ def spaced(path, steps: int, schedule: str, *, rho: float = 7.0) -> Tensor:
         return noise * warp(path.uniform(steps) / noise, shift if shift != 1 else 3.0)
     alpha, sigma = path.at(torch.tensor([noise, data], dtype=torch.float64))
     most, least = (sigma / alpha).clamp(max=PURE_NOISE).tolist()
-    u = torch.linspace(0, 1, steps, dtype=torch.float64)
     if schedule == "karras":
-        log_ratio = rho * (most ** (1 / rho) + u * (least ** (1 / rho) - most ** (1 / rho))).log()
+        log_ratio = edm.karras_sigmas(steps, least, most, rho).log()
     elif schedule in ("log-snr", "exponential"):
-        log_ratio = math.log(most) + u * (math.log(least) - math.log(most))
+        log_ratio = torch.linspace(math.log(most), math.log(least), steps, dtype=torch.float64)
     else:
         raise UsageError(f"unknown schedule '{schedule}'",
                          hint="schedules: native, linear, karras, exponential, log-snr, shifted")

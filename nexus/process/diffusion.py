@@ -1,11 +1,11 @@
 """The shape that DDPM, DiT, Stable Diffusion, FLUX, PixArt and flow matching share: a network on a path."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from nexus.codecs.kl_image import KLConfig
@@ -13,25 +13,25 @@ from nexus.config import Config
 from nexus.errors import InputError, UsageError
 from nexus.media import Media
 from nexus.phase import Phase
-from nexus.process import coupling, guidance, samplers
+from nexus.process import coupling, samplers
+from nexus.process.concat import AnyConcat, training_picture
 from nexus.process.likelihood import hybrid_vlb
+from nexus.process.outpaint import sized
 from nexus.process.paths import AnyPath, DiscretePath
 from nexus.process.predictions import (
-    Estimate,
-    clipped,
-    estimator,
     masked,
+    network_input,
     noised,
     paste,
     target,
     x0_of,
-    x0_part,
 )
 from nexus.process.schedules import Grid, grid, tail
 from nexus.process.sources import read_known, read_noise
+from nexus.process.steer import OWN_SCALES, Task, beside, cached, scale_of, steered
 from nexus.requests import SampleRequest
 from nexus.rng import ItemNoise
-from nexus.text.conditioner import LabelCondConfig, NoCondConfig, TextCondConfig, dropped, joined
+from nexus.text.conditioner import LabelCondConfig, NoCondConfig, TextCondConfig, dropped
 
 DEFAULT_STRENGTH = 0.6
 
@@ -44,6 +44,7 @@ class CodecConfig(Config):
 
 
 SHARED_CODEC = {"net": KLConfig.presets["picture-codec"], "weights": "picture-codec"}
+SHARED_LATENTS = KLConfig.presets["picture-codec"]["latent_channels"]
 
 
 class DiffusionConfig(Config):
@@ -55,14 +56,16 @@ class DiffusionConfig(Config):
     steps, guidance, sampler, schedule: what sampling does unless the request says otherwise.
     size: side of what the network denoises, in its own pixels, where there is no codec.
     guided_channels: guidance acts on the first so many channels only (DiT: 3); None = all.
+    concat: a picture as condition (see concat.py): the network's in_channels are then 2 C + 1.
     """
 
     net: Any
     size: int = Field(32, ge=1)
     path: AnyPath = DiscretePath()
-    prediction: Literal["eps", "x0", "v", "flow"] = "eps"
+    prediction: Literal["eps", "x0", "v", "flow", "edm"] = "eps"
     conditioner: LabelCondConfig | TextCondConfig | NoCondConfig = Field(NoCondConfig(), discriminator="kind")
     codec: CodecConfig | None = None
+    concat: AnyConcat | None = None
     learned_variance: bool = False
     variance: Literal["small", "large"] = "small"
     p_uncond: float = Field(0.1, ge=0, le=1)
@@ -75,10 +78,25 @@ class DiffusionConfig(Config):
     sampler: Literal[tuple(samplers.SAMPLERS)] = "ddim"
     schedule: Literal["native", "linear", "karras", "exponential", "log-snr", "shifted"] = "native"
 
+    @model_validator(mode="after")
+    def _edm_on_its_path(self) -> Self:
+        if self.prediction == "edm" and not getattr(self.path, "log_clock", 0):
+            raise ValueError("prediction edm needs path.kind ve with a log_clock (EDM: 0.25)")
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_the_picture(self) -> Self:
+        if self.concat:
+            channels = self.latent_shape[0]
+            if self.net.in_channels != 2 * channels + 1 or self.net.out_channels not in (channels, 2 * channels):
+                raise ValueError(f"concat: a network of {channels} channels takes {2 * channels + 1} and gives "
+                                 f"{channels} (twice that with a learned variance)")
+        return self
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of what the network denoises."""
-        return self.codec.net.latent_shape if self.codec else (self.net.in_channels, self.size, self.size)
+        return self.codec.net.latent_shape if self.codec else (self.image_channels, self.size, self.size)
 
     @property
     def image_size(self) -> int:
@@ -88,7 +106,9 @@ class DiffusionConfig(Config):
     @property
     def image_channels(self) -> int:
         """Colour channels of the pictures."""
-        return self.codec.net.in_channels if self.codec else self.net.in_channels
+        if self.codec:
+            return self.codec.net.in_channels
+        return (self.net.in_channels - 1) // 2 if self.concat else self.net.in_channels
 
     def adapt(self, facts: Any) -> Config:
         """A copy fitted to a data set: its class and style names, and the network's tables for them."""
@@ -112,7 +132,7 @@ class DiffusionConfig(Config):
 
 
 class Run(NamedTuple):
-    """One call of generate: its items' noise, its grid, and what is known of the result."""
+    """One call of generate: its items' noise, its grid, what is known of the result, a picture as condition."""
 
     noise: ItemNoise
     grid: Grid
@@ -120,10 +140,13 @@ class Run(NamedTuple):
     mask: Tensor | None
     known: Tensor | None
     pixels: tuple[Tensor, Tensor] | None
+    concat: Tensor | None = None
 
 
 class Diffusion(nn.Module):
     """A network on a path, between an optional codec and an optional conditioner."""
+
+    takes_guide = True
 
     def __init__(self, config: DiffusionConfig):
         super().__init__()
@@ -160,7 +183,8 @@ class Diffusion(nn.Module):
             eps = eps[coupling.pairing(x0, eps, method=c.pairing, rng=rng).to(eps.device)]
         drop = torch.rand(len(x0), generator=rng) < c.p_uncond
         x, t = noised(c.path, x0, eps, t), t.to(x0.device)
-        out = self.net(x, c.path.network_time(t), self._training_cond(batch, drop, rng)).float()
+        seen = network_input(c.path, c.prediction, x, t)
+        out = self.predicted(seen, c.path.network_time(t), self._training_cond(batch, drop, rng)).float()
         mean, fraction = (out.chunk(2, 1)) if c.learned_variance else (out, None)
         error = (mean - target(c.path, c.prediction, x0, eps, t)).square().flatten(1).mean(1)
         values = {"loss": (error * self._weight(t)).mean()}
@@ -168,6 +192,10 @@ class Diffusion(nn.Module):
             vlb = hybrid_vlb(c.path, x0, t, x0_of(c.path, c.prediction, mean, x, t), (fraction + 1) / 2)
             values = {"loss": values["loss"] + vlb.mean(), "mse": values["loss"], "vlb": vlb.mean()}
         return values
+
+    def predicted(self, x: Tensor, t: Tensor, cond: dict | None) -> Tensor:
+        """What the loss compares with its target."""
+        return self.net(x, t, cond)
 
     def _weight(self, t: Tensor) -> Tensor | float:
         """Min-SNR weights, expressed for the prediction at hand. Hang et al. 2023, section 3.4."""
@@ -177,43 +205,58 @@ class Diffusion(nn.Module):
         alpha, sigma = c.path.at(t)
         snr = (alpha / sigma).square()
         capped = snr.clamp(max=c.min_snr)
+        if c.prediction == "edm":                       # an error of F is one of x0 over c_out
+            data = c.path.sigma_data ** 2
+            return capped * data / (1 + data * snr)
         return {"x0": capped, "eps": capped / snr, "v": capped / (snr + 1), "flow": capped / snr}[c.prediction]
 
     def _training_cond(self, batch: dict, drop: Tensor, rng: torch.Generator) -> dict | None:
-        if self.conditioner is None:
-            return None
-        cond = self.conditioner.training_cond(batch, rng)
-        drop = drop.to(next(iter(cond.values())).device)
-        return dropped(cond, self.conditioner.null(len(drop), drop.device), drop)
+        cond = None
+        if self.conditioner is not None:
+            cond = self.conditioner.training_cond(batch, rng)
+            drop = drop.to(next(iter(cond.values())).device)
+            cond = dropped(cond, self.conditioner.null(len(drop), drop.device), drop)
+        if self.config.concat is None:
+            return cond
+        with torch.no_grad():
+            return beside(cond, self.config.concat.training(training_picture(batch), self.encode, rng))
 
     def used_settings(self, request: SampleRequest) -> dict:
         """What a request's open settings become with this model."""
         c = self.config
         used = {"steps": c.steps, "sampler": c.sampler, "schedule": c.schedule}
-        if self.conditioner is not None:
-            used["guidance"] = c.guidance
+        if self.conditioner is not None or request.guidance_kind in OWN_SCALES:
+            used["guidance"] = scale_of(c, request)
         return {name: value for name, value in used.items() if getattr(request, name) is None}
 
     @torch.no_grad()
-    def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
-        """One picture a seed. Raises InputError or UsageError for what this model cannot do."""
-        c, device = self.config, next(self.net.parameters()).device
-        if request.prompt is not None and self.conditioner is None:
+    def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None,
+                 guide: nn.Module | None = None) -> Media:
+        """One picture a seed. Raises InputError or UsageError for what this model cannot do.
+
+        guide: the loaded system that request.guide_model names.
+        """
+        device = next(self.net.parameters()).device
+        if request.prompt is not None and self.conditioner is None and request.guidance_kind != "classifier":
             raise InputError("this model is unconditional: it takes no prompt", hint="leave --prompt out")
         run = self._prepare(request, seeds, device)
         if run.grid.steps == 0:
             return Media("image", self._finish(run.start, run))
-        denoise, notes = self._denoiser(request, run.grid, len(seeds), device)
+        denoise, notes = self._denoiser(request, run.grid, len(seeds), device, guide=guide, concat=run.concat)
         if run.mask is not None:
             denoise = masked(denoise, run.mask, run.known)
         seen = None
         if watch is not None:
             def seen(i: int, x: Tensor, x0: Tensor) -> None:
                 watch(i, run.grid.steps, x0, self.decode)
+        return Media("image", self._finish(self._solve(request, denoise, run, seen), run), notes)
+
+    def _solve(self, request: SampleRequest, denoise: Callable, run: Run, watch: Callable | None) -> Tensor:
+        """From the run's start to x0."""
+        c = self.config
         options = {"variance": c.variance} if (request.sampler or c.sampler) == "ddpm" else {}
-        x = samplers.sample(request.sampler or c.sampler, denoise, run.start, run.grid, eta=request.eta,
-                            noise=run.noise, watch=seen, **options)
-        return Media("image", self._finish(x, run), notes)
+        return samplers.sample(request.sampler or c.sampler, denoise, run.start, run.grid, eta=request.eta,
+                               noise=run.noise, watch=watch, **options)
 
     def _prepare(self, request: SampleRequest, seeds: list[int], device: torch.device) -> Run:
         c = self.config
@@ -222,18 +265,27 @@ class Diffusion(nn.Module):
         drawn = noise.draw(shape) if request.initial_noise is None else read_noise(request.initial_noise, shape, seeds)
         drawn = drawn.to(device)
         steps, schedule = request.steps or c.steps, request.schedule or c.schedule
-        points = grid(c.path, c.path.times(steps, schedule=schedule, shape=shape))
-        known = read_known(request, shape, self.config, device)
-        if known is None:
-            return Run(noise, points, float(points.sigma[0]) * drawn, None, None, None)
+        short = getattr(c.path, "ends_at_first", False) and (request.sampler or c.sampler) == "ddim"
+        points = grid(c.path, c.path.times(steps, schedule=schedule, shape=shape), to_data=not short)
+        concat, known = (None, read_known(request, shape, c, device)) if c.concat is None else \
+            c.concat.given(request, shape, self, noise, len(seeds), device)
+        if known is None or (concat is not None and request.strength in (None, 1)):
+            # A chain is published with samplers that begin at plain noise, though its last sigma is a little less.
+            scale = 1.0 if isinstance(c.path, DiscretePath) else float(points.sigma[0])
+            return Run(noise, points, scale * drawn, None, None, known and (known.mask, known.picture), concat)
         x0 = self.encode(known.picture).expand(len(seeds), *shape)
         usual = DEFAULT_STRENGTH if known.mask is None else 1.0     # a hole is filled from pure noise
-        points = tail(points, usual if request.strength is None else request.strength)
+        points = self._tail(points, usual if request.strength is None else request.strength)
         start = x0 if points.steps == 0 else float(points.alpha[0]) * x0 + float(points.sigma[0]) * drawn
-        if known.mask is None:
-            return Run(noise, points, start, None, None, None)
+        if known.mask is None or concat is not None:        # a network that sees the mask needs no help at each step
+            pixels = None if known.mask is None else (known.mask, known.picture)
+            return Run(noise, points, start, None, None, pixels, concat)
         small = F.adaptive_max_pool2d(known.mask.float(), shape[1:]).bool()
         return Run(noise, points, start, small, x0, (known.mask, known.picture))
+
+    def _tail(self, points: Grid, strength: float) -> Grid:
+        """The part of a run that starts from a picture."""
+        return tail(points, strength)
 
     def _finish(self, x: Tensor, run: Run) -> Tensor:
         """Latents -> pictures; outside an inpainting mask the user's own pixels."""
@@ -247,47 +299,18 @@ class Diffusion(nn.Module):
         channels, rows, cols = self.config.latent_shape
         factor = self.config.codec.net.factor if self.config.codec else 1
         multiple = factor * self.config.net.multiple
+        if request.outpaint is not None:
+            request = sized(request, multiple)
         for name, side in (("width", request.width), ("height", request.height)):
             if side is not None and side % multiple:
                 near = max(multiple, round(side / multiple) * multiple)
                 raise UsageError(f"{name} {side}: this model makes multiples of {multiple}", hint=f"for example {near}")
         return channels, (request.height or rows * factor) // factor, (request.width or cols * factor) // factor
 
-    def _denoiser(self, request: SampleRequest, points: Grid, n: int, device: torch.device):
-        """denoise(x, t) with guidance, from one network call a step; and each item's notes."""
-        c = self.config
-        shared = {"learned_variance": c.learned_variance, "dtype": next(self.net.parameters()).dtype}
-        cond, notes, scale = None, (), 1.0
-        if self.conditioner is not None:
-            scale = c.guidance if request.guidance is None else request.guidance
-            cond, notes = self.conditioner.prompts([request.prompt] * n, device)
-        if request.prompt is None or scale == 1:
-            alone = estimator(self.net, c.path, c.prediction, cond, self._cached(points, cond), **shared)
-            return (clipped(alone) if c.clip else alone), notes
-        other = (self.conditioner.prompts([request.negative_prompt] * n, device)[0] if request.negative_prompt
-                 else self.conditioner.null(n, device))
-        both = joined(cond, other)
-        double = estimator(self.net, c.path, c.prediction, both, self._cached(points, both), **shared)
-
-        def pair(x: Tensor, t: Tensor):
-            result = double(torch.cat([x, x]), t)
-            x0 = x0_part(result).chunk(2)
-            if not isinstance(result, Estimate):
-                return x0
-            return tuple(Estimate(a, b) for a, b in zip(x0, result.fraction.chunk(2), strict=True))
-        lo, hi = request.guidance_interval
-        active = single = None
-        if (lo, hi) != (0.0, 1.0):          # only then are there steps without guidance, at half the cost
-            active = guidance.during(points, lo, hi)
-            single = estimator(self.net, c.path, c.prediction, cond, self._cached(points, cond), **shared)
-        steered = guidance.guided_batch(pair, scale, rescale=request.guidance_rescale, active=active,
-                                        channels=c.guided_channels, cond=single)
-        return (clipped(steered) if c.clip else steered), notes
+    def _denoiser(self, request: SampleRequest, points: Grid, n: int, device: torch.device, **more):
+        """denoise(x, t) with guidance, and each item's notes; more: the guide and the picture of a `steer.Task`."""
+        return steered(Task(self, request, points, n, device, **more))
 
     def _cached(self, points: Grid, cond: dict | None) -> dict | None:
         """What the network can compute once for all steps of the run."""
-        prepare = getattr(self.net, "prepare", None)
-        if prepare is None:
-            return None
-        device = next(self.net.parameters()).device
-        return prepare(self.config.path.network_time(points.t[:-1]).to(device, torch.float32), cond)
+        return cached(self, points, cond)

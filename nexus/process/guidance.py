@@ -1,4 +1,8 @@
-"""Guidance as wrappers of denoisers. It acts on x0; being linear, it equals guidance of eps, v or velocity."""
+"""Guidance as wrappers of denoisers. It acts on x0; being linear, it equals guidance of eps, v or velocity.
+
+A rule(cond, uncond, weight, x, t) -> x0 combines two x0 estimates [B, C, ...]: `linear` is classifier-free guidance,
+the others are in guidance_kinds.py. The rest (interval, rescaling, channels, variance) is the same for all rules.
+"""
 
 from collections.abc import Callable
 
@@ -9,9 +13,14 @@ from nexus.process.predictions import over, with_x0, x0_part
 from nexus.process.schedules import Grid
 
 
-def guided_batch(denoise_pair, scale, *, rescale: float = 0.0, active: Callable | None = None,
-                 channels: int | None = None, cond: Callable | None = None):
-    """Classifier-free guidance. Ho & Salimans 2022.
+def linear(cond: Tensor, uncond: Tensor, weight, x: Tensor | None = None, t: Tensor | None = None) -> Tensor:
+    """uncond + weight (cond - uncond); weight a number or [B, 1, ...]. Ho & Salimans 2022."""
+    return cond if isinstance(weight, float) and weight == 1 else uncond + weight * (cond - uncond)
+
+
+def guided_batch(denoise_pair, scale, *, rule: Callable = linear, rescale: float = 0.0,
+                 active: Callable | None = None, channels: int | None = None, cond: Callable | None = None):
+    """Guidance by a rule; classifier-free guidance by default. Ho & Salimans 2022.
 
     denoise_pair(x, t) -> (cond, uncond): x0 estimates (or Estimates, whose cond fraction is kept), usually from one
     call with a batch of 2B. scale: 1 = cond alone, 0 = uncond; a number or a function of t. rescale in [0, 1]: how far
@@ -24,27 +33,22 @@ def guided_batch(denoise_pair, scale, *, rescale: float = 0.0, active: Callable 
         if on is not None and cond is not None and not on.any():
             return cond(x, t)
         result, other = denoise_pair(x, t)
-        return with_x0(result, combine(x0_part(result), x0_part(other), _weight(scale, on, t, x), rescale, channels))
+        plain = x0_part(result)
+        x0 = _finished(rule(plain, x0_part(other), _weight(scale, t, x), x, t), plain, rescale, channels)
+        return with_x0(result, x0 if on is None else torch.where(over(on, x).to(x.device), x0, plain))
     return denoise
 
 
-def guided(cond, uncond, scale, *, rescale: float = 0.0, active: Callable | None = None, channels: int | None = None):
+def guided(cond, uncond, scale, *, rule: Callable = linear, rescale: float = 0.0, active: Callable | None = None,
+           channels: int | None = None):
     """`guided_batch` over two denoisers, called one after the other."""
-    return guided_batch(lambda x, t: (cond(x, t), uncond(x, t)), scale, rescale=rescale, active=active,
+    return guided_batch(lambda x, t: (cond(x, t), uncond(x, t)), scale, rule=rule, rescale=rescale, active=active,
                         channels=channels, cond=cond)
 
 
 def combine(cond: Tensor, uncond: Tensor, weight, rescale: float = 0.0, channels: int | None = None) -> Tensor:
     """uncond + weight (cond - uncond) on the first channels, rescaled; weight a number or [B, 1, ...]."""
-    if isinstance(weight, float) and weight == 1:
-        return cond
-    x0 = uncond + weight * (cond - uncond)
-    if channels is not None and channels < cond.shape[1]:
-        x0 = torch.cat([x0[:, :channels], cond[:, channels:]], dim=1)
-    if rescale:
-        ratio = cond.flatten(1).std(1) / x0.flatten(1).std(1).clamp(min=1e-12)
-        x0 = x0 * (1 + rescale * (over(ratio, x0) - 1))
-    return x0
+    return _finished(linear(cond, uncond, weight), cond, rescale, channels)
 
 
 def during(grid: Grid, start: float, end: float) -> Callable:
@@ -61,27 +65,46 @@ def during(grid: Grid, start: float, end: float) -> Callable:
     return lambda t: (t <= high) & (t > low)
 
 
-def classifier_guided(denoise, log_prob, path, scale: float):
-    """Steer by a classifier of noisy pictures. Dhariwal & Nichol 2021, alg. 2: eps - scale sigma grad log p.
+def classifier_rule(log_prob: Callable, path) -> Callable:
+    """cond steered by a classifier of noisy pictures. Dhariwal & Nichol 2021, alg. 2: eps - weight sigma grad log p.
 
     log_prob(x [B, ...], t) -> [B], differentiable in x. At pure noise (alpha = 0) nothing is steered.
     """
-    def steered(x, t):
-        result = denoise(x, t)
+    def rule(cond, uncond, weight, x, t):
         alpha, sigma = (over(v, x).to(x.device) if t.ndim else v for v in path.at(t))
         if not bool((alpha > 0).all()):
-            return result
+            return cond
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             gradient, = torch.autograd.grad(log_prob(leaf, t).sum(), leaf)
-        return with_x0(result, x0_part(result) + scale * (sigma * sigma / alpha) * gradient)
-    return steered
+        return cond + weight * (sigma * sigma / alpha) * gradient
+    return rule
 
 
-def _weight(scale, on: Tensor | None, t: Tensor, x: Tensor):
+def classifier_guided(denoise, log_prob, path, scale: float):
+    """`denoise` steered by `classifier_rule`; scale 1 with an exact classifier is Bayes' rule."""
+    return alone(denoise, scale, classifier_rule(log_prob, path))
+
+
+def alone(denoise, scale, rule: Callable, **more):
+    """`guided_batch` of one denoiser, which is cond and uncond at once: for rules that bring their own other side."""
+    def pair(x, t):
+        result = denoise(x, t)
+        return result, result
+    return guided_batch(pair, scale, rule=rule, cond=denoise, **more)
+
+
+def _finished(x0: Tensor, cond: Tensor, rescale: float, channels: int | None) -> Tensor:
+    if channels is not None and channels < cond.shape[1]:
+        x0 = torch.cat([x0[:, :channels], cond[:, channels:]], dim=1)
+    if rescale:
+        ratio = cond.flatten(1).std(1) / x0.flatten(1).std(1).clamp(min=1e-12)
+        x0 = x0 * (1 + rescale * (over(ratio, x0) - 1))
+    return x0
+
+
+def _weight(scale, t: Tensor, x: Tensor):
     value = scale(t) if callable(scale) else scale
-    if on is not None:
-        value = torch.where(on, torch.as_tensor(value, dtype=torch.float64), 1.0)
     if not isinstance(value, Tensor):
         return float(value)
     return over(value, x).to(x) if value.ndim else value.item()

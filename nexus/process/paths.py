@@ -19,14 +19,14 @@ from torch import Tensor
 
 from nexus.config import Config
 from nexus.errors import UsageError
-from nexus.process import clocks
+from nexus.process import clocks, edm
 
 
 class DiscretePath(Config):
     """A chain of `steps` small noisings, variance preserving; fractional t interpolates log-SNR. Ho et al. 2020.
 
     snr_shift > 1 lowers the SNR everywhere (CogVideoX); zero_terminal_snr makes the last index pure noise
-    (Lin et al. 2023); spacing and offset say which indices a shorter run visits.
+    (Lin et al. 2023); spacing, offset and open_end say which indices a shorter run visits.
     """
 
     kind: Literal["discrete"] = "discrete"
@@ -38,6 +38,9 @@ class DiscretePath(Config):
     zero_terminal_snr: bool = False
     spacing: Literal["leading", "trailing", "linspace"] = "trailing"
     offset: int = Field(0, ge=0)                    # added to "leading" indices; 1 for Stable Diffusion
+    open_end: bool = False                          # spaced for one step more, without the cleanest index (diffusers'
+                                                    # multistep solvers); "trailing" ends above 0 anyway
+    ends_at_first: bool = False                     # ddim stops at index 0, not at the data (Stable Diffusion)
 
     def alpha_bar(self) -> Tensor:
         """alpha(t)^2 of every index: [T] float64, falling."""
@@ -83,16 +86,19 @@ class DiscretePath(Config):
         """The indices of a run; UsageError when native spacing is asked for more of them than there are."""
         if schedule != "native":
             return clocks.spaced(self, steps, schedule)
-        if steps > self.steps:
-            raise UsageError(f"{steps} steps, but this model's noise chain has {self.steps}",
-                             hint=f"use --steps {self.steps} or fewer, or another --schedule")
-        if self.spacing == "linspace":              # = space_timesteps of Nichol & Dhariwal 2021
-            return self.uniform(steps).round()
-        i = torch.arange(steps, dtype=torch.float64)
+        points = steps + (self.open_end and self.spacing != "trailing")
+        if points > self.steps:
+            raise UsageError(f"{steps} steps, but this model's noise chain has {self.steps - points + steps}",
+                             hint=f"use --steps {self.steps - points + steps} or fewer, or another --schedule")
+        i = torch.arange(points, dtype=torch.float64)
         if self.spacing == "trailing":
-            return (self.steps - i * (self.steps / steps)).round() - 1
-        leading = i * (self.steps // steps)
-        return (leading + min(self.offset, self.steps - 1 - int(leading[-1]))).flip(0)
+            back = (self.steps - self.steps / steps) - self.steps       # rounded as numpy's arange is: it decides ties
+            return (self.steps + i * back).round() - 1
+        if self.spacing == "linspace":              # closed: = space_timesteps of Nichol & Dhariwal 2021
+            even = i.flip(0) * ((self.steps - 1) / steps) if points > steps else self.uniform(steps)
+            return even.round()[:steps]
+        leading = i * (self.steps // points)
+        return (leading + min(self.offset, self.steps - 1 - int(leading[-1]))).flip(0)[:steps]
 
     def sample_t(self, n: int, rng: torch.Generator) -> Tensor:
         return torch.randint(self.steps, (n,), generator=rng).float()
@@ -167,9 +173,10 @@ class RectifiedPath(Config):
 
 
 class VEPath(Config):
-    """x_t = x0 + t eps; t is the noise's standard deviation. Karras et al. 2022 (EDM).
+    """x_t = x0 + t eps; t is the noise's standard deviation, sigma. Karras et al. 2022 (EDM).
 
-    The network is told t itself: EDM's log-time is part of its preconditioning wrapper.
+    log_clock 0: the network is told sigma itself; otherwise log_clock ln(sigma): 0.25 in EDM, 250 in the teachers of
+    consistency models. sigma_data: the data's standard deviation, which the "edm" prediction scales by.
     """
 
     kind: Literal["ve"] = "ve"
@@ -178,6 +185,8 @@ class VEPath(Config):
     rho: float = Field(7.0, gt=0)
     p_mean: float = -1.2
     p_std: float = Field(1.2, gt=0)
+    sigma_data: float = Field(edm.SIGMA_DATA, gt=0)
+    log_clock: float = Field(0.0, ge=0)
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), t
@@ -199,10 +208,10 @@ class VEPath(Config):
         return clocks.spaced(self, steps, "karras" if schedule == "native" else schedule, rho=self.rho)
 
     def sample_t(self, n: int, rng: torch.Generator) -> Tensor:
-        return (torch.randn(n, generator=rng) * self.p_std + self.p_mean).exp()
+        return edm.draw_sigmas(n, rng, self.p_mean, self.p_std)
 
     def network_time(self, t: Tensor) -> Tensor:
-        return t
+        return 4 * self.log_clock * edm.c_noise(t) if self.log_clock else t
 
 
 class AffinePath(Config):

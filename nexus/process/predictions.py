@@ -7,16 +7,29 @@ import torch
 from torch import Tensor
 
 from nexus.errors import UsageError
+from nexus.process import edm
 
 
 class Prediction(NamedTuple):
     """What the network outputs. target: what it should say; x0: what its answer implies.
 
-    d_alpha, d_sigma are the path's rates; only "flow" looks at them (defaults: the straight line's).
+    d_alpha, d_sigma are the path's rates; only "flow" looks at them (defaults: the straight line's). "edm" is EDM's F
+    on any path (edm.py gives it for alpha = 1); it looks at the data's standard deviation instead. There a mean squared
+    error of F is Karras et al.'s weighted loss, and with sigma_data = 1, F is -v of a variance preserving path.
     """
 
     target: Callable  # (x0, eps, alpha, sigma, d_alpha=-1, d_sigma=1) -> Tensor
     x0: Callable      # (out, x_t, alpha, sigma, d_alpha=-1, d_sigma=1) -> Tensor
+
+
+def _edm_target(x0, eps, a, s, sigma_data=edm.SIGMA_DATA):
+    size = (s * s + (sigma_data * a) ** 2) ** 0.5
+    return (s / sigma_data * x0 - sigma_data * a * eps) / size         # (x0 - c_skip x) / c_out, finite at sigma = 0
+
+
+def _edm_x0(out, x, a, s, sigma_data=edm.SIGMA_DATA):
+    size = (s * s + (sigma_data * a) ** 2) ** 0.5
+    return sigma_data * (sigma_data * a / size * x + s * out) / size
 
 
 PREDICTIONS: dict[str, Prediction] = {
@@ -28,6 +41,7 @@ PREDICTIONS: dict[str, Prediction] = {
                     lambda out, x, a, s, *_: (a * x - s * out) / (a * a + s * s)),
     "flow": Prediction(lambda x0, eps, a, s, da=-1.0, ds=1.0: da * x0 + ds * eps,
                        lambda out, x, a, s, da=-1.0, ds=1.0: (ds * x - s * out) / (ds * a - da * s)),
+    "edm": Prediction(_edm_target, _edm_x0),
 }
 
 
@@ -63,6 +77,14 @@ def x0_of(path, prediction: str, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
     return PREDICTIONS[prediction].x0(out, x, *coefficients)
 
 
+def network_input(path, prediction: str, x: Tensor, t: Tensor) -> Tensor:
+    """What the network sees of x [B, ...] at times t [B] or []: x, scaled to unit variance by c_in for "edm"."""
+    if prediction != "edm":
+        return x
+    alpha, sigma, sigma_data = _coefficients(path, prediction, t, x)
+    return x / (sigma * sigma + (sigma_data * alpha) ** 2) ** 0.5
+
+
 def denoiser(net, path, prediction: str, cond=None, prepared=None, *, learned_variance: bool = False,
              dtype: torch.dtype | None = None):
     """A network as denoise(x [B, C, ...], t [] or [B]) -> x0 estimate, in x's dtype; a variance half is dropped."""
@@ -79,7 +101,8 @@ def estimator(net, path, prediction: str, cond=None, prepared=None, *, learned_v
     def estimate(x, t):
         clock = path.network_time(t).to(x.device, torch.float32).expand(len(x))
         shared = prepared if t.ndim == 0 else None      # what is prepared holds for a whole batch at one time
-        out = net(x if dtype is None else x.to(dtype), clock, cond, shared).to(x.dtype)
+        seen = network_input(path, prediction, x, t)
+        out = net(seen if dtype is None else seen.to(dtype), clock, cond, shared).to(x.dtype)
         if not learned_variance:
             return x0_of(path, prediction, out, x, t)
         mean, variance = out.chunk(2, dim=1)
@@ -131,6 +154,7 @@ def _on_x0(denoise, change):
     return changed
 
 
-def _coefficients(path, prediction: str, t: Tensor, x: Tensor) -> list[Tensor]:
+def _coefficients(path, prediction: str, t: Tensor, x: Tensor) -> list:
     both = (*path.at(t), *path.rates(t)) if prediction == "flow" else path.at(t)
-    return [over(v, x).to(x) for v in both] if t.ndim else list(both)     # 0-dim float64 promotes nothing
+    found = [over(v, x).to(x) for v in both] if t.ndim else list(both)     # 0-dim float64 promotes nothing
+    return [*found, getattr(path, "sigma_data", edm.SIGMA_DATA)] if prediction == "edm" else found

@@ -35,12 +35,13 @@ class Interval(NamedTuple):
     s1: float
 
 
-def grid(path, times: Tensor) -> Grid:
-    """Times [N], noisy first, closed by the data point."""
+def grid(path, times: Tensor, *, to_data: bool = True) -> Grid:
+    """Times [N], noisy first, closed by the data point; without `to_data` by the path's own time 0."""
     times = times.double().cpu()
     alpha, sigma = path.at(times)
     end = times.new_zeros(1)
-    return Grid(torch.cat([times, end]), torch.cat([alpha, end + 1]), torch.cat([sigma, end]), path)
+    last_alpha, last_sigma = (end + 1, end) if to_data else path.at(end)
+    return Grid(torch.cat([times, end]), torch.cat([alpha, last_alpha]), torch.cat([sigma, last_sigma]), path)
 
 
 def tail(grid: Grid, strength: float) -> Grid:

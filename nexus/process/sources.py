@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nexus.errors import InputError, UsageError
-from nexus.images import read_image
+from nexus.images import fitted, read_image
+from nexus.process import outpaint
 from nexus.requests import SampleRequest
 
 
@@ -21,32 +21,45 @@ class Known(NamedTuple):
     mask: Tensor | None
 
 
-def read_known(request: SampleRequest, shape: tuple[int, int, int], config, device: torch.device) -> Known | None:
-    """The request's picture (resized to the run) and mask (which must have the picture's size), or None."""
+def read_files(request: SampleRequest, mode: str = "RGB") -> tuple[np.ndarray, np.ndarray | None] | None:
+    """The request's picture uint8 [H, W, C] and mask [H, W, 1] as they are in their files, or None without a picture.
+
+    Raises UsageError for a mask alone, InputError for a file that is no picture and for a mask of another size.
+    """
     if request.image is None:
         if request.mask is not None:
             raise UsageError("--mask needs --image: the picture that is painted in", hint="add -i FILE")
         return None
-    factor = config.codec.net.factor if config.codec else 1
-    size = (shape[2] * factor, shape[1] * factor)
-    mode = "L" if config.image_channels == 1 else "RGB"
     array = read_image(request.image, mode=mode)
-    picture = torch.from_numpy(_resized(array, size, Image.Resampling.LANCZOS)).permute(2, 0, 1)[None]
-    picture = picture.to(device, torch.float32) / 127.5 - 1
     if request.mask is None:
-        return Known(picture, None)
+        return array, None
     mask = read_image(request.mask, mode="L")
     if mask.shape[:2] != array.shape[:2]:
-        raise InputError(f"the mask is {mask.shape[1]}x{mask.shape[0]}, its picture {array.shape[1]}x{array.shape[0]}",
+        raise InputError(f"the mask {request.mask} is {mask.shape[1]}x{mask.shape[0]} pixels, its picture "
+                         f"{array.shape[1]}x{array.shape[0]}",
                          hint="give a mask of the picture's size; white is painted anew")
-    small = _resized(mask, size, Image.Resampling.BOX)
-    return Known(picture, torch.from_numpy(small > 127).permute(2, 0, 1)[None].to(device))
+    return array, mask
 
 
-def _resized(array: np.ndarray, size: tuple[int, int], how: Image.Resampling) -> np.ndarray:
-    image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    out = np.asarray(image if image.size == size else image.resize(size, how))
-    return np.array(out[:, :, None] if out.ndim == 2 else out)
+def read_known(request: SampleRequest, shape: tuple[int, int, int], config, device: torch.device) -> Known | None:
+    """The request's picture and mask (which must have the picture's size), or None; raises as `read_files` does.
+
+    Both keep their proportions: they are resized to cover the run's size, and their middle is taken. A picture that is
+    painted around keeps its pixels.
+    """
+    files = read_files(request, "L" if config.image_channels == 1 else "RGB")
+    if files is None:
+        return None
+    factor = config.codec.net.factor if config.codec else 1
+    width, height = shape[2] * factor, shape[1] * factor
+    if request.outpaint is not None:
+        files = outpaint.framed(request.outpaint, files, width, height)
+    picture = torch.from_numpy(fitted(files[0], width, height)).permute(2, 0, 1)[None]
+    picture = picture.to(device, torch.float32) / 127.5 - 1
+    if files[1] is None:
+        return Known(picture, None)
+    mask = torch.from_numpy(fitted(files[1], width, height, mask=True)).permute(2, 0, 1)[None]
+    return Known(picture, (mask > 127).to(device))
 
 
 def read_noise(path: str, shape: tuple[int, int, int], seeds: list[int]) -> Tensor:

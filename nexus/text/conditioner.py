@@ -7,6 +7,7 @@ A Cond is a dict of tensors with the batch first: "label" [B], "style" [B], "con
 from typing import Literal, Self
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -143,12 +144,28 @@ class TextConditioner(nn.Module):
         return {name: value.expand(n, *value.shape[1:]) for name, value in self.encoder([""]).items()}
 
 
+def aligned(*conds: Cond) -> tuple[Cond, ...]:
+    """The same conditions with contexts of one length, for one batch; what a shorter one lacks is masked."""
+    lengths = {cond["context"].shape[1] for cond in conds if "context" in cond}
+    masks = sum("context_mask" in cond for cond in conds)
+    return conds if len(lengths) < 2 and masks in (0, len(conds)) else tuple(_longer(c, max(lengths)) for c in conds)
+
+
+def _longer(cond: Cond, length: int) -> Cond:
+    context = cond["context"]
+    mask = cond.get("context_mask", torch.ones(context.shape[:2], dtype=torch.bool, device=context.device))
+    more = length - context.shape[1]
+    return cond | {"context": F.pad(context, (0, 0, 0, more)), "context_mask": F.pad(mask, (0, more))}
+
+
 def dropped(cond: Cond, null: Cond, drop: Tensor) -> Cond:
     """Where drop [B] is True, the null takes the condition's place. Ho & Salimans 2022."""
+    cond, null = aligned(cond, null)
     return {name: torch.where(drop.view(-1, *[1] * (value.ndim - 1)), null[name].to(value.dtype), value)
             for name, value in cond.items()}
 
 
 def joined(first: Cond, second: Cond) -> Cond:
     """Two conditions as one batch, first then second."""
+    first, second = aligned(first, second)
     return {name: torch.cat([value, second[name].to(value.dtype)]) for name, value in first.items()}

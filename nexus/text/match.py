@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from nexus.errors import InputError
 
+NUMERALS = {str(i): word for i, word in enumerate("zero one two three four five six seven eight nine".split())}
 GOOD = 0.62         # below this similarity a guess would surprise more than it helps
 
 
@@ -37,6 +38,8 @@ def match(prompt: str, classes: tuple[str, ...], styles: tuple[str, ...] = ()) -
     """The class (exact, then nearest) and style of a prompt; InputError lists the nearest names when none is good."""
     names = [normal(c) for c in classes]
     whole = normal(prompt)
+    if whole not in names:              # "7" is the class "seven"
+        whole = NUMERALS.get(whole, whole)
     if whole in names:
         return Match(names.index(whole), None, True)
     text, style = split_style(prompt, styles)

@@ -1,6 +1,6 @@
 """How a run is trained: everything that shapes its weights, besides the system and the data."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -11,7 +11,9 @@ class TrainArgs(Config):
     """Training arguments; a system's `recipes` give them per preset, `--set train.NAME=VALUE` changes one.
 
     batch_size counts the pictures of one optimiser step over all ranks; `accumulate` cuts it into that many parts.
+    schedule "constant-linear" decays in the second half of the steps alone.
     ema is the decay of the moving average (0 = none); with ema_warmup it starts as (1 + step) / (10 + step).
+    ema_profiles: sigma_rel of EDM2's averages, kept with every checkpoint so that another can be made later (ema.py).
     """
 
     steps: int = Field(1000, ge=1)
@@ -25,11 +27,12 @@ class TrainArgs(Config):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(0, ge=0)
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    schedule: Literal["constant", "cosine", "linear", "constant-linear"] = "constant"
     final_lr: float = Field(0.0, ge=0)          # share of lr that is left at the last step of a decaying schedule
     clip: float = Field(1.0, ge=0)              # largest gradient norm; 0 = no clipping
     ema: float = Field(0.999, ge=0, lt=1)
     ema_warmup: bool = True
+    ema_profiles: tuple[Annotated[float, Field(gt=0, le=0.288)], ...] = ()
     shift: int = Field(0, ge=0)                 # random translation of pictures, pixels
     flip: float = Field(0.0, ge=0, le=1)        # chance of a horizontal mirror
     cache_latents: bool = False                 # encode the whole set once, before the first step

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nexus.checkpoint import own_state
+from nexus.checkpoint import released_state
 from nexus.errors import DivergedError, StoppedError
 from nexus.rng import derive, generator
 from nexus.train import run as runs
@@ -124,8 +124,8 @@ def _step(state: TrainState, hooks: Hooks, world: World, device: torch.device) -
                 return None
         label = "" if len(state.phases) == 1 else f"{phase.name}."
         row |= {label + name: value for name, value in values.items()}
-    if state.ema is not None:
-        state.ema.update(own_state(state.system), state.step + 1)
+    for ema in (*state.profiles.values(), *([state.ema] if state.ema else [])):
+        ema.update(released_state(state.system), state.step + 1)
     return row
 
 
@@ -156,6 +156,8 @@ def _turn(state: TrainState, phase, turn: int, hooks: Hooks, world: World, devic
         if owner == phase.name:
             set_lr(optimizer, lr_scale(state.step, args))
             optimizer.step()
+    if phase.after is not None:
+        phase.after(state.step)
     return dict(zip([*total, "grad_norm"], numbers, strict=True))
 
 

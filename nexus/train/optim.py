@@ -9,18 +9,22 @@ from nexus.errors import ModelError
 from nexus.train.args import TrainArgs
 
 
-def build_optimizers(module: nn.Module, args: TrainArgs) -> dict[str, torch.optim.Optimizer]:
+def build_optimizers(module: nn.Module, args: TrainArgs, rate: float = 1.0) -> dict[str, torch.optim.Optimizer]:
     """One optimiser, or two for Muon: it takes the hidden matrices, AdamW takes embeddings, gains and biases.
 
-    Muon: Jordan et al. 2024, with torch's own implementation.
+    rate: times the learning rates of args. Muon: Jordan et al. 2024, with torch's own implementation.
     """
+    args = args.model_copy(update={"lr": rate * args.lr, "muon_lr": rate * args.muon_lr})
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     if args.optimizer == "muon":
         hidden = [p for n, p in named if _is_hidden_matrix(module, n, p)]
         chosen = {id(p) for p in hidden}
         rest = [p for _, p in named if id(p) not in chosen]
-        muon = torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=args.weight_decay, adjust_lr_fn="original")
-        return {"muon": muon, "adamw": _adamw(rest, args)}
+        found = {"adamw": _adamw(rest, args)} if rest else {}
+        if hidden:                      # thin matrices, such as those of a LoRA, are none
+            muon = torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=args.weight_decay, adjust_lr_fn="original")
+            found = {"muon": muon, **found}
+        return found
     params = [p for _, p in named]
     if args.optimizer == "adam":
         return {"adam": torch.optim.Adam(params, lr=args.lr, betas=args.betas, foreach=True)}
@@ -45,6 +49,8 @@ def lr_scale(step: int, args: TrainArgs) -> float:
     if args.schedule == "constant":
         return 1.0
     done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    if args.schedule == "constant-linear":
+        done = max(0.0, 2 * done - 1)
     left = 0.5 * (1 + math.cos(math.pi * done)) if args.schedule == "cosine" else 1 - done
     return args.final_lr + (1 - args.final_lr) * left
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +23,10 @@ TOGETHER = 16       # seeds of one prompt generated at once
 SHOWN = 128         # small pictures are enlarged to about this many pixels, without smoothing
 
 
-def write_samples(state: TrainState, run: Path, device: torch.device) -> None:
+def write_samples(state: TrainState, run: Path, device: torch.device, pictures: Any = None) -> None:
     """Write RUN/samples/step-NNNNNNN.webp: seeds 0 .. args.samples - 1 with the averaged weights.
+
+    Of a system that translates pictures: the first of `pictures` (its data set), each beside what is made of it.
 
     Weights, train/eval modes and PyTorch's random streams are left as they were. A system cut over ranks (FSDP2)
     makes no pictures, since one rank alone cannot run it. Raises OutputError.
@@ -33,7 +36,8 @@ def write_samples(state: TrainState, run: Path, device: torch.device) -> None:
         prompts = prompts_of(state.system, state.args.samples)
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), _averaged(state):
-            images = [image for part in _groups(prompts) for image in _made(state.system, *part)]
+            images = _translated(state, pictures, device) if hasattr(state.system, "translate") else \
+                [image for part in _groups(prompts) for image in _made(state.system, *part)]
         times = max(1, SHOWN // images[0].shape[0])
         images = [image.repeat(times, 0).repeat(times, 1) for image in images]
         joined = contact_sheet(images, math.ceil(math.sqrt(len(images))), prompts if prompts[0] else None)
@@ -62,6 +66,19 @@ def _groups(prompts: list[str | None]) -> Iterator[tuple[str | None, list[int]]]
         if i == len(prompts) or prompts[i] != prompts[start] or i - start == TOGETHER:
             yield prompts[start], list(range(start, i))
             start = i
+
+
+@torch.inference_mode()
+def _translated(state: TrainState, pictures: Any, device: torch.device) -> list:
+    """Pictures of each kind that the system starts from, each followed by its translation."""
+    ways = state.system.directions
+    count = max(1, state.args.samples // (2 * len(ways)))
+    batch, shown = pictures.batch(list(range(min(count, len(pictures))))), []
+    for way, kind in zip(ways, ("image", "other"), strict=False):
+        x = batch[kind].to(device)
+        shown += [picture for pair in zip(to_uint8(x), to_uint8(state.system.translate(x, way)), strict=True)
+                  for picture in pair]
+    return shown
 
 
 def _made(system: nn.Module, prompt: str | None, seeds: list[int]) -> list:

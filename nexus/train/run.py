@@ -70,7 +70,7 @@ def prune(run: Path, keep: int) -> None:
 
 def clean(run: Path) -> None:
     """Remove what a killed save left behind."""
-    for path in (*run.glob(".*.tmp"), *run.glob("samples/.*.tmp")):
+    for path in (*run.glob(".*.tmp"), *run.glob("samples/.*.tmp"), *run.glob("profiles/*/.*.tmp")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

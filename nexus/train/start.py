@@ -11,10 +11,14 @@ import torch
 from nexus import __version__, catalog, checkpoint
 from nexus.atomic import write_text
 from nexus.config import Config
-from nexus.data.images import ImageSet, open_images
+from nexus.convert.lora_run import like_base
+from nexus.data.domains import open_data
+from nexus.data.images import ImageSet
 from nexus.data.latents import LatentSet
 from nexus.data.order import indices
 from nexus.errors import InputError, UsageError
+from nexus.nn.lora import LoRAConfig
+from nexus.train import lora as loras
 from nexus.train import run as runs
 from nexus.train.args import TrainArgs
 from nexus.train.distributed import barrier, join, leave
@@ -23,7 +27,7 @@ from nexus.train.pictures import sheet, write_report, write_samples
 from nexus.train.sharding import shard
 from nexus.train.state import TrainState, new_state, restore
 
-DESCRIBED = {"system", "data", "data_digest", "format", "nexus", "trained_steps", "init", "environment"}
+DESCRIBED = {"system", "data", "data_digest", "format", "nexus", "trained_steps", "init", "environment", "lora"}
 MAY_CHANGE = {"steps", "log_every", "save_every", "sample_every", "samples", "keep", "on_nan"}
 
 
@@ -86,11 +90,12 @@ def _environment(device: torch.device, ranks: int) -> dict[str, str]:
 def train(system: str, *, data: str, run: Path, preset: str | None = None, config: dict | None = None,
           overrides: list[str] = (), flags: dict[str, Any] | None = None, device: str = "auto",
           init: str | None = None, resume: str = "auto", max_time: float | None = None,
-          progress: Callable[[dict], None] = lambda row: None,
+          lora: LoRAConfig | None = None, progress: Callable[[dict], None] = lambda row: None,
           report: Callable[[str], None] = lambda line: None) -> dict:
     """Train a system in a run folder, or go on with the run that is there. Returns {"step", "run", "resumed"}.
 
     flags: TrainArgs fields given explicitly. init: a model whose weights of equal name and shape are taken over.
+    lora: train low-rank branches of the model `init` (default: the embedded one), and nothing else.
     resume: "auto", or "never" (an existing run is then an error). Raises StoppedError after a signal or max_time.
     """
     catalog.entry(system)
@@ -99,37 +104,39 @@ def train(system: str, *, data: str, run: Path, preset: str | None = None, confi
     held = runs.lock(run) if world.is_main else None
     try:
         return _train(system, data, run, target, world, preset, config, list(overrides), flags or {}, init, resume,
-                      max_time, progress, report)
+                      max_time, lora, progress, report)
     finally:
         leave(world)
         if held:
             held.release()
 
 
-def _train(system, data, run, device, world, preset, file, overrides, flags, init, resume, max_time, progress,
-           report) -> dict:
+def _train(system, data, run, device, world, preset, file, overrides, flags, init, resume, max_time, lora,
+           progress, report) -> dict:
     begun = (run / "config.json").exists()
     if begun and resume == "never":
         raise UsageError(f"{run} holds a run already", hint="--resume auto goes on with it")
     barrier(world)
-    config, args = (_resumed(run, system, data, preset, file or {}, overrides, flags) if begun else
+    lora = loras.settle(run, system, lora, init)
+    config, args = (_resumed(run, system, data, None if lora else preset, file or {}, overrides, flags) if begun else
+                    loras.settings(system, lora, preset, file or {}, overrides, flags) if lora else
                     resolve(system, preset=preset, file=file, overrides=overrides, flags=flags))
     _check_split(args, world.size)
-    images = open_images(data, size=getattr(config, "image_size", None),
-                         channels=getattr(config, "image_channels", None))
+    images = open_data(data, size=getattr(config, "image_size", None), domains=getattr(config, "domains", None),
+                       channels=getattr(config, "image_channels", None))
     for name, reason in images.skipped[:20]:
         report(f"skipped {name}: {reason}")
     if images.skipped:
         report(f"{len(images.skipped)} files were skipped, {len(images)} pictures are used")
-    config = config.adapt(images.facts)
+    config = config if lora else (config if begun else like_base(config)).adapt(images.facts)
     if begun:
         init = _check_same(run, config, args, init, images.facts.digest)
-    torch.manual_seed(args.seed)                    # the initial weights are a function of the seed
-    built = checkpoint.build(system, config.to_json())
-    if init and not runs.checkpoints(run):
-        report(_warm_start(built, init))
+    else:
+        init = init or getattr(config, "teacher", None) or getattr(config, "base", None)    # a student starts as it
+    built = _built(system, config, args, run, init, lora, report)
     built = shard(built.to(device), args, world, device)
-    facts = {"train": args.to_json(), "data": data, "data_digest": images.facts.digest, "nexus": __version__}
+    facts = {"train": args.to_json(), "data": data, "data_digest": images.facts.digest, "nexus": __version__,
+             **({"lora": lora} if lora else {})}
     if not begun and world.is_main:
         described = {"format": "nexus/1", "system": system, "config": config.to_json(), **facts,
                      "init": init, "environment": _environment(device, world.size)}
@@ -137,14 +144,26 @@ def _train(system, data, run, device, world, preset, file, overrides, flags, ini
                    exists="overwrite")
     state = new_state(system, built, args)
     step = _resume(state, run, world, report)
-    hooks = Hooks(_batches(images, built, args, world, device, progress), progress,
-                  lambda state: write_samples(state, run, device), report, lambda: write_report(run))
+    hooks = Hooks(_batches(images, built, args, run, world, device, progress), progress,
+                  lambda state: write_samples(state, run, device, images), report, lambda: write_report(run))
     if world.is_main and shows(args, step) and not sheet(run, step).exists():
         hooks.sample(state)                         # the run was killed between a checkpoint and its pictures
     fit(state, run, hooks, facts=facts, world=world, device=device, max_time=max_time)
     if world.is_main:
         hooks.page()
     return {"run": str(run), "step": state.step, "resumed": step}
+
+
+def _built(system: str, config: Config, args: TrainArgs, run: Path, init: str | None, lora: dict | None,
+           report) -> torch.nn.Module:
+    """The system before its first step; the branches of a LoRA on the weights of their base."""
+    torch.manual_seed(args.seed)                    # the initial weights are a function of the seed
+    built = checkpoint.build(system, config.to_json())
+    if lora:
+        report(loras.begin(built, system, lora, run, args.sharding))
+    elif init and not runs.checkpoints(run):
+        report(_warm_start(built, init))
+    return built
 
 
 def _check_split(args: TrainArgs, ranks: int) -> None:
@@ -189,10 +208,22 @@ def _warm_start(system: torch.nn.Module, name: str) -> str:
     return f"took {len(taken)} of {len(own)} tensors from {name}"
 
 
-def _batches(images: ImageSet, system: torch.nn.Module, args: TrainArgs, world, device, progress):
+def _prepared(images: ImageSet, system: torch.nn.Module, args: TrainArgs, run: Path, world, progress):
+    """What a system trains on in place of the pictures (pairs that a teacher made), or None."""
+    prepare = getattr(system, "prepare_data", None)
+    opens = prepare and prepare(images, run, seed=args.seed, part=(world.rank, world.size),
+                                watch=lambda done, total: progress({"encoded": done, "of": total}))
+    barrier(world)
+    return opens() if opens else None
+
+
+def _batches(images: ImageSet, system: torch.nn.Module, args: TrainArgs, run: Path, world, device, progress):
     """batch_at(position, size, rng): the pictures of one part of one step, on this rank."""
     source, augment = images, {"shift": args.shift, "flip": args.flip}
-    if args.cache_latents:
+    prepared = _prepared(images, system, args, run, world, progress)
+    if prepared is not None:
+        source, augment = prepared, {}
+    elif args.cache_latents:
         def encode(pictures: torch.Tensor) -> torch.Tensor:
             with torch.no_grad(), autocast(args.precision, device):
                 return system.encode(pictures.to(device))
@@ -201,7 +232,7 @@ def _batches(images: ImageSet, system: torch.nn.Module, args: TrainArgs, world, 
         augment = {}
 
     def batch_at(position: int, size: int, rng: torch.Generator) -> dict:
-        chosen = indices(len(images), seed=args.seed, step=position, batch=size // world.size, rank=world.rank,
+        chosen = indices(len(source), seed=args.seed, step=position, batch=size // world.size, rank=world.rank,
                          world=world.size)
         return source.batch(chosen, rng, **augment)
     return batch_at

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nexus.checkpoint import fill, own_state, read_tensors, save_model, tensor_bytes
+from nexus.atomic import write_bytes
+from nexus.checkpoint import fill, own_state, read_tensors, released_state, save_model, tensor_bytes
 from nexus.errors import ModelError
 from nexus.phase import Phase
 from nexus.train.args import TrainArgs
-from nexus.train.ema import EMA
+from nexus.train.ema import EMA, profiles, snapshot_file
 from nexus.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors
 from nexus.train.run import step_folder
 
@@ -29,6 +30,7 @@ class TrainState:
     args: TrainArgs
     optimizers: dict[OptimizerKey, torch.optim.Optimizer]
     ema: EMA | None
+    profiles: dict[str, EMA] = field(default_factory=dict)
     step: int = 0
     skip: set[int] = field(default_factory=set)
 
@@ -41,9 +43,9 @@ def whole(t: Tensor) -> Tensor:
 def new_state(name: str, system: nn.Module, args: TrainArgs) -> TrainState:
     """The state before the first step."""
     phases = system.phases()
-    optimizers = {(p.name, kind): o for p in phases for kind, o in build_optimizers(p.module, args).items()}
-    ema = EMA(own_state(system), args.ema, warmup=args.ema_warmup) if args.ema else None
-    return TrainState(name, system, phases, args, optimizers, ema)
+    optimizers = {(p.name, kind): o for p in phases for kind, o in build_optimizers(p.module, args, p.rate).items()}
+    ema = EMA(released_state(system), args.ema, warmup=args.ema_warmup) if args.ema else None
+    return TrainState(name, system, phases, args, optimizers, ema, profiles(released_state(system), args.ema_profiles))
 
 
 def parameter_names(module: nn.Module) -> dict[int, str]:
@@ -57,14 +59,28 @@ def save(state: TrainState, run: Path, facts: dict, *, write: bool) -> None:
     model = {n: whole(t) for n, t in own_state(state.system).items()}
     average = {n: whole(t) for n, t in state.ema.average.items()} if state.ema else None
     optim = {key: {n: whole(t) for n, t in optimizer_tensors(o, names).items()} for key, o in state.optimizers.items()}
+    kept = {k: {n: whole(t) for n, t in p.average.items()} for k, p in state.profiles.items()}
     if not write:
         return
     extra = {f"train/{phase}.{kind}.safetensors": tensor_bytes(t) for (phase, kind), t in optim.items()}
     extra["train/state.json"] = json.dumps({"step": state.step, "skip": sorted(state.skip)}).encode()
     if average is not None:
         extra["ema.safetensors"] = tensor_bytes(average)
+    extra |= {f"train/profile-{key}.safetensors": tensor_bytes(t) for key, t in kept.items()}
+    if adapter := getattr(state.system, "adapter", None):
+        extra["adapter.safetensors"] = adapter.file(average or model)
+    if state.step % state.args.save_every == 0 or state.step == state.args.steps:   # a run that was stopped keeps no
+        _snapshots(kept, run, state.step)                                           # more of them than one that was not
     save_model(step_folder(run, state.step), state.name, state.system.config.to_json(), model, facts=facts,
                extra=extra, exists="overwrite")
+
+
+def _snapshots(kept: dict[str, dict[str, Tensor]], run: Path, step: int) -> None:
+    """The profiles again, where no checkpoint's end takes them away."""
+    for key, tensors in kept.items():
+        file = snapshot_file(run, key, step)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(file, tensor_bytes(tensors), exists="overwrite")
 
 
 def restore(state: TrainState, run: Path, step: int) -> None:
@@ -72,11 +88,9 @@ def restore(state: TrainState, run: Path, step: int) -> None:
     folder = step_folder(run, step)
     _fill(state.system, read_tensors(folder / "model.safetensors"), folder)
     if state.ema is not None:
-        stored = read_tensors(folder / "ema.safetensors")
-        if stored.keys() != state.ema.average.keys():
-            raise ModelError(f"{folder}/ema.safetensors is of another model", hint="start anew with another --run")
-        for name, value in stored.items():
-            state.ema.average[name].copy_(_like(value, state.ema.average[name]))
+        _restore_average(state.ema, folder / "ema.safetensors")
+    for key, profile in state.profiles.items():
+        _restore_average(profile, folder / f"train/profile-{key}.safetensors")
     names = parameter_names(state.system)
     for (phase, kind), optimizer in state.optimizers.items():
         optimizer.state.clear()
@@ -89,6 +103,14 @@ def restore(state: TrainState, run: Path, step: int) -> None:
         state.step, state.skip = int(stored["step"]), {int(s) for s in stored["skip"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}/train/state.json is damaged: {error}") from None
+
+
+def _restore_average(ema: EMA, file: Path) -> None:
+    stored = read_tensors(file)
+    if stored.keys() != ema.average.keys():
+        raise ModelError(f"{file} is of another model", hint="start anew with another --run")
+    for name, value in stored.items():
+        ema.average[name].copy_(_like(value, ema.average[name]))
 
 
 def _fill(system: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:

@@ -193,3 +193,10 @@ def test_the_plan_names_every_item(tmp_path, monkeypatch, capsys):
         assert (end.value.code, [line["status"] for line in lines]) == (code, statuses)
     assert lines[2]["path"] == "outputs/b/x/y.png" and sorted(p.name for p in tmp_path.iterdir()) == ["b.jsonl"]
     signal.signal(signal.SIGTERM, before)
+
+
+def test_a_table_that_cannot_be_read_on_says_that_its_rest_is_lost(tmp_path):
+    (tmp_path / "b.csv").write_text('prompt,steps\na,1\n"b" x,2\nc,3\n')
+    good, bad = read_rows(str(tmp_path / "b.csv"))
+    assert good.settings == {"prompt": "a", "steps": 1} and "b.csv:3: not a table row" in str(bad.error)
+    assert "the lines after it were not read" in str(bad.error)

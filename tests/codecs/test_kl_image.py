@@ -40,7 +40,7 @@ def test_shapes_are_what_the_configuration_says(name):
 
 
 @pytest.mark.parametrize("name, shape", [("sd-f8", (4, 64, 64)), ("sdxl-f8", (4, 128, 128)), ("sd3", (16, 128, 128)),
-                                         ("flux", (16, 128, 128)), ("picture-codec", (4, 16, 16))])
+                                         ("flux", (16, 128, 128)), ("picture-codec", (8, 16, 16))])
 def test_latent_shape_of_each_preset(name, shape):
     assert KLConfig.preset(name).latent_shape == shape
 

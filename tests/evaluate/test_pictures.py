@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nexus.errors import InputError
-from nexus.evaluate.pictures import psnr, ssim
+from nexus.evaluate.pictures import PSNR_MOST, psnr, ssim
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -15,7 +15,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_a_picture_equals_itself():
     x = noise(2, 3, 12, 13)
-    assert psnr(x, x).tolist() == [math.inf] * 2
+    assert psnr(x, x).tolist() == [PSNR_MOST] * 2 == [100] * 2
     torch.testing.assert_close(ssim(x, x), torch.ones(2).double())
 
 
@@ -24,6 +24,17 @@ def test_psnr_of_known_errors():
     y = x.clone()
     y[0], y[1], y[2, 0, 0, 0] = 255, 1, 4           # mean squares 255^2, 1, 1
     torch.testing.assert_close(psnr(x, y), torch.tensor([0, 1, 1]).double() * 20 * math.log10(255))
+
+
+def test_psnr_is_capped_for_each_picture_and_its_mean_stays_a_number():
+    """One grey level in one of 2^24 values is 120 dB; a lossless picture among others does not hide them."""
+    x = torch.zeros(1, 1, 4096, 4096)
+    y = x.clone()
+    y[0, 0, 0, 0] = 1
+    assert psnr(x, y).tolist() == [PSNR_MOST]
+    x, y = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
+    y[1] = 255
+    assert float(psnr(x, y).mean()) == PSNR_MOST / 2
 
 
 def test_ssim_of_flat_pictures_compares_their_lightness():

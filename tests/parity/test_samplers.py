@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nexus.errors import UsageError
 from nexus.process import ode
 from nexus.process.likelihood import flow_log_likelihood
 from nexus.process.paths import AffinePath, DiscretePath, RectifiedPath, VEPath
@@ -262,3 +263,24 @@ def test_rectified_flow_of_the_original_code():
     close((y + 1) / 2, case["sample_euler_5"])
     g = grid(path, path.times(1000))
     assert sample("euler", denoise, x, g).isfinite().all()
+
+
+@pytest.mark.parametrize("spacing, offset", [("linspace", 0), ("leading", 0), ("leading", 1), ("trailing", 0)])
+@pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_times_of_multistep_solvers(kind, spacing, offset):
+    scheduler = getattr(diffusers, kind)(**CHAIN | {"timestep_spacing": spacing, "steps_offset": offset})
+    path = DiscretePath(spacing=spacing, offset=offset, open_end=True)
+    for steps in (*range(1, 120), 333, 499, 500, 998):
+        scheduler.set_timesteps(steps)
+        wanted = scheduler.timesteps.tolist()
+        if spacing == "trailing" and len(wanted) > steps:       # numpy's range slips past its end: a time of -1
+            wanted = wanted[:steps]
+        assert path.times(steps).tolist() == wanted
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+def test_an_open_end_needs_one_index_more(spacing):
+    path = DiscretePath(steps=10, spacing=spacing, open_end=True)
+    assert path.times(9)[-1] == 1
+    with pytest.raises(UsageError, match="10 steps, but this model's noise chain has 9"):
+        path.times(10)

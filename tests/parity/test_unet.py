@@ -82,7 +82,7 @@ def shapes(state: dict) -> dict[str, tuple[int, ...]]:
 
 
 def layout_of(state: dict, foreign: dict | None):
-    found = [layout for layout in unet.LAYOUTS if layout.matches(shapes(state), foreign)]
+    found = [layout for layout in unet.LAYOUTS if layout.auto and layout.matches(shapes(state), foreign)]
     assert len(found) == 1
     return found[0]
 
@@ -206,7 +206,7 @@ def test_openai_by_shapes(name, kind):
     if kind == "consistency" and not settings.head_dim and attends:     # taken for heads of 64 there
         read |= {"head_dim": 0, "heads": settings.heads}
     assert UNetConfig.parse(read) == settings
-    assert {"net.heads", "net.head_dim"} == set(layout.unsaid(shapes(foreign), None)) or not attends
+    assert {"net.heads", "net.head_dim", "size"} == set(layout.unsaid(shapes(foreign), None)) or not attends
     native = to_native(layout.table({"net": settings.to_json()}), foreign)
     assert shapes(native) == shapes(meta(config))
 

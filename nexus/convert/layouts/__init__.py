@@ -4,7 +4,8 @@ from importlib import import_module
 
 from nexus.convert.layout import Layout
 
-MODULES = ("unet", "dit", "kl_image")
+MODULES = ("consistency", "lcm", "unet", "dit", "mmdit", "kl_image", "pixart", "ncsnpp", "dit_llama", "controlnet",
+           "cyclegan", "dcgan")
 
 
 def every_layout() -> tuple[Layout, ...]:

@@ -5,25 +5,40 @@ Published files name the network only, so a label table is what tells the two sy
 
 from functools import partial
 
+from torch import Tensor
+
 from nexus.convert.layout import Layout, Shapes
 from nexus.convert.layouts import unet_diffusers, unet_openai
+from nexus.errors import ModelError
+from nexus.models.diffusion.unet import UNetConfig
 
+SIZE = 32       # pixels or latents, where the file does not tell: what the networks without a side were made for
 OPENAI = partial(unet_openai.table, qkv_op="conv1d_to_linear", by_head=True)
 OPENAI_THIRDS = partial(unet_openai.table, qkv_op="conv1d_to_linear", by_head=False)
 CONSISTENCY = partial(unet_openai.table, qkv_op="conv_to_linear", by_head=False)
 DIFFUSERS_OLD = partial(unet_diffusers.table, names=unet_diffusers.OLD_ATTENTION)
 
 
-def _openai(system: str, name: str, table, label: bool, conv2d: bool | None) -> Layout:
-    """One of OpenAI's; conv2d None = never recognised by its keys: only the order in q, k, v differs."""
+def _openai(system: str, name: str, table, label: bool, conv2d: bool, auto: bool = True) -> Layout:
+    """One of OpenAI's; not auto: only the order in q, k, v differs from a layout with the same keys."""
     def matches(shapes: Shapes, foreign: dict | None) -> bool:
-        return (conv2d is not None and foreign is None and unet_openai.matches(shapes)
+        return (foreign is None and unet_openai.matches(shapes)
                 and unet_openai.conv2d_qkv(shapes) == conv2d and ("label_emb.weight" in shapes) == label
                 and not any(".attn2." in k for k in shapes))
 
     return Layout(name, system, "net", matches,
-                  lambda shapes, foreign: {"net": unet_openai.config_of(shapes)}, table,
-                  unsaid=lambda shapes, foreign: unet_openai.unsaid(shapes))
+                  lambda shapes, foreign: {"net": unet_openai.config_of(shapes), "size": SIZE}, table,
+                  constants=_standard, unsaid=lambda shapes, foreign: (*unet_openai.unsaid(shapes), "size"), auto=auto)
+
+
+def _standard(config: dict) -> dict[str, Tensor]:
+    """No constants; ModelError for a network that OpenAI's code, with its one value of each, would build otherwise."""
+    net, usual = UNetConfig.parse(config["net"]), UNetConfig()
+    for name in ("groups", "eps", "corner_pad", "sin_first", "freq_shift"):
+        if getattr(net, name) != getattr(usual, name):
+            raise ModelError(f"OpenAI's UNets have {name} {getattr(usual, name)}, this one has {getattr(net, name)}",
+                             hint="write it with --to diffusers")
+    return {}
 
 
 def _diffusers(system: str, name: str, table, label: bool, old: bool) -> Layout:
@@ -31,14 +46,23 @@ def _diffusers(system: str, name: str, table, label: bool, old: bool) -> Layout:
         return unet_diffusers.matches(shapes, old=old) and ("class_embedding.weight" in shapes) == label
 
     return Layout(name, system, "net", matches,
-                  lambda shapes, foreign: {"net": unet_diffusers.config_of(shapes, foreign)}, table,
-                  unet_diffusers.foreign_config)
+                  lambda shapes, foreign: {"net": unet_diffusers.config_of(shapes, foreign),
+                                           "size": _side(foreign) or SIZE}, table,
+                  unet_diffusers.foreign_config,
+                  unsaid=lambda shapes, foreign: () if _side(foreign) else ("size",))
+
+
+def _side(foreign: dict | None) -> int | None:
+    """The side of the pictures that config.json gives; None when it gives none, or a width and a height that differ."""
+    said = (foreign or {}).get("sample_size")
+    sides = set(said) if isinstance(said, list) else {said}
+    return sides.pop() if len(sides) == 1 else None
 
 
 def _of(system: str, label: bool) -> tuple[Layout, ...]:
     return (
         _openai(system, "openai", OPENAI, label, conv2d=False),
-        _openai(system, "openai-thirds", OPENAI_THIRDS, label, conv2d=None),
+        _openai(system, "openai-thirds", OPENAI_THIRDS, label, conv2d=False, auto=False),
         _openai(system, "consistency", CONSISTENCY, label, conv2d=True),
         _diffusers(system, "diffusers", unet_diffusers.table, label, old=False),
         _diffusers(system, "diffusers-2022", DIFFUSERS_OLD, label, old=True),

@@ -17,7 +17,8 @@ from nexus.errors import InputError
 from nexus.nn.attention import attend, merge_heads, split_heads
 from nexus.nn.embed import TimestepMLP, sincos_2d
 from nexus.nn.modulation import gated, modulate
-from nexus.process.diffusion import SHARED_CODEC, DiffusionConfig
+from nexus.nn.perturb import Perturb
+from nexus.process.diffusion import SHARED_CODEC, SHARED_LATENTS, DiffusionConfig
 from nexus.process.paths import AnyPath, DiscretePath
 from nexus.text.conditioner import LabelCondConfig
 
@@ -66,7 +67,8 @@ class DiTNetConfig(Config):
 
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"size": 8, "hidden": 32, "depth": 2, "heads": 2, "num_classes": 3},
-        "emoji": {"size": 16, "hidden": 192, "depth": 8, "heads": 3, "num_classes": 0, "learn_sigma": False},
+        "emoji": {"size": 16, "in_channels": SHARED_LATENTS, "hidden": 192, "depth": 8, "heads": 3, "num_classes": 0,
+                  "learn_sigma": False},
     } | {
         f"{name}/{patch}": {"patch": patch, "hidden": hidden, "depth": depth, "heads": heads}
         for name, hidden, depth, heads in
@@ -87,11 +89,11 @@ class DiTBlock(nn.Module):
         self.fc1 = nn.Linear(dim, mlp)
         self.fc2 = nn.Linear(mlp, dim)
 
-    def forward(self, x: Tensor, mod: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mod: Tensor, identity: bool = False) -> Tensor:
         """mod [B, 6D] = adaln(silu(c)): shift, scale, gate of the attention, then of the MLP."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = mod.chunk(6, -1)
         q, k, v = (split_heads(p, self.heads) for p in self.qkv(modulate(x, shift_a, scale_a)).chunk(3, -1))
-        x = gated(x, gate_a, self.proj(merge_heads(attend(q, k, v))))
+        x = gated(x, gate_a, self.proj(merge_heads(attend(q, k, v, identity=identity))))
         h = F.gelu(self.fc1(modulate(x, shift_m, scale_m)), approximate="tanh")
         return gated(x, gate_m, self.fc2(h))
 
@@ -106,6 +108,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTNetConfig):
         super().__init__()
         self.config = config
+        self.layers, self.middle = config.depth, config.depth // 2
         dim = config.hidden
         self.patch = nn.Conv2d(config.in_channels, dim, config.patch, config.patch)
         self.time = TimestepMLP(TIME_FREQS, dim)
@@ -132,14 +135,15 @@ class DiT(nn.Module):
             nn.init.zeros_(module.weight)
 
     def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None,
-                prepared: dict | None = None) -> Tensor:
+                prepared: dict | None = None, perturb: Perturb = Perturb()) -> Tensor:
         """`prepared` is what `prepare` returned for the same `cond`. Raises InputError on sides that do not fit."""
         rows, cols = self._grid(x)
         mods = _look_up(prepared, t, len(x)) or self._modulations(self.embed(t, cond))
         x = self.patch(x.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)              # [B, L, D]
         x = x + _positions(self.config, rows, cols, x.device, x.dtype)
-        for block, mod in zip(self.blocks, mods, strict=False):
-            x = block(x, mod)
+        for i, (block, mod) in enumerate(zip(self.blocks, mods, strict=False)):
+            if i not in perturb.skip:
+                x = block(x, mod, i in perturb.identity)
         x = self.final(modulate(x, *mods[-1].chunk(2, -1)))                                   # [B, L, p * p * C']
         p = self.config.patch
         x = x.unflatten(2, (p, p, -1)).unflatten(1, (rows, cols))                             # [B, h, w, p, q, C']

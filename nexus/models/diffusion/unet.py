@@ -16,6 +16,7 @@ from nexus.config import Config
 from nexus.errors import InputError
 from nexus.nn.conv import Downsample, Upsample
 from nexus.nn.embed import TimestepMLP, sinusoid
+from nexus.nn.perturb import Perturb
 from nexus.nn.resnet import ResBlock, SelfAttention2d
 from nexus.nn.spatial_transformer import KeyValue, SpatialTransformer
 
@@ -40,6 +41,7 @@ class UNetConfig(Config):
     pooled_dim: int = Field(0, ge=0, description="width of a vector added to the embedding; 0 = none")
     micro: int = Field(0, ge=0, description="numbers of SDXL's size conditioning, beside pooled; 0 = none")
     micro_freqs: int = Field(256, gt=0, description="width of the sinusoid of each of those numbers")
+    pixels: int = Field(8, gt=0, description="pixels to a place of x, for the size it is told when micro is missing")
     guidance_dim: int = Field(0, ge=0, description="width of LCM's guidance embedding; 0 = none")
     num_classes: int = Field(0, ge=0, description="0 = no labels")
     null_class: bool = Field(True, description="one more row, for guidance: label num_classes means none")
@@ -131,10 +133,11 @@ class Level(nn.Module):
 
 
 class Words:
-    """What the cross-attentions of one forward pass need: words, or their keys and values, and the mask."""
+    """What the attentions of one forward pass need: words, or their keys and values, the mask, and what is weakened."""
 
-    def __init__(self, context: Tensor | None, mask: Tensor | None, ready: dict[int, list[KeyValue]]):
-        self.context, self.ready = context, ready
+    def __init__(self, context: Tensor | None, mask: Tensor | None, ready: dict[int, list[KeyValue]],
+                 identity: set[int], skip: set[int]):
+        self.context, self.ready, self.identity, self.skip = context, ready, identity, skip
         self.mask = None if mask is None else mask[:, None, None, :]
 
     def of(self, attention: SpatialTransformer) -> list[KeyValue]:
@@ -168,7 +171,8 @@ class UNet(nn.Module):
 
     cond: "label" [B] and "style" [B] ids (the number of classes or styles = none), "context" [B, L, D] with
     "context_mask" [B, L], "pooled" [B, P], "micro" [B, 6] (SDXL: original size, crop corner, target size in
-    pixels, height first), "guidance" [B] (LCM's w = guidance scale - 1), "concat" [B, C', H, W].
+    pixels, height first; a missing one is x's size, uncropped), "guidance" [B] (LCM's w = guidance scale - 1),
+    "concat" [B, C', H, W].
     Raises InputError when a condition the network was built for is missing, or x does not fit.
     """
 
@@ -197,6 +201,7 @@ class UNet(nn.Module):
             resample = _resample(c, widths[level], "up") if level else None
             self.up.append(self._level([(i, widths[level]) for i in ins], level, resample))
             below = widths[level]
+        self.layers, self.middle = len(self._attentions()), sum(len(level.attn) for level in self.down)
         self.norm_out = nn.GroupNorm(c.groups, widths[0], c.eps)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, 1, 1)
         nn.init.zeros_(self.conv_out.weight)
@@ -230,14 +235,34 @@ class UNet(nn.Module):
         return prepared
 
     def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None,
-                prepared: dict | None = None) -> Tensor:
-        cond, prepared = cond or {}, prepared or {"time": {}, "words": {}}
+                prepared: dict | None = None, perturb: Perturb = Perturb()) -> Tensor:
+        """cond's "control", a list: a ControlNet's residuals, one for each skip and at last the middle's."""
+        cond = cond or {}
+        h, skips, emb, words = self.encode(x, t, cond, prepared, perturb)
+        if "control" in cond:
+            *sides, middle = cond["control"]
+            h, skips = h + middle, [skip + side for skip, side in zip(skips, sides, strict=True)]
+        for level in self.up:
+            for i, res in enumerate(level.res):
+                h = torch.cat([h, skips.pop()], 1)
+                h = self._block(res, level.attn[i] if level.attn else None, h, emb, words)
+            if level.resample is not None:
+                h = _change(level.resample, h, emb)
+        return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)
+
+    def encode(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], prepared: dict | None, perturb: Perturb,
+               added: Tensor | float = 0.0) -> tuple[Tensor, list[Tensor], Tensor, Words]:
+        """The way down and the middle: its result, the skips, the embedding and the words.
+
+        added: joins what the first convolution makes.
+        """
+        prepared = prepared or {"time": {}, "words": {}}
         dtype = self.conv_in.weight.dtype
         inputs = torch.cat([x, cond["concat"]], 1) if "concat" in cond else x
         self._check(inputs)
-        emb = self._embed(t, cond, prepared)
-        words = self._words(cond, prepared, dtype)
-        h = self.conv_in(inputs.to(dtype))
+        emb = self._embed(t, cond | self._size(x, cond), prepared)
+        words = self._words(cond, prepared, dtype, perturb)
+        h = self.conv_in(inputs.to(dtype)) + added
         skips = [h]
         for level in self.down:
             for i, res in enumerate(level.res):
@@ -247,14 +272,7 @@ class UNet(nn.Module):
                 h = _change(level.resample, h, emb)
                 skips.append(h)
         h = self._block(self.mid.res[0], self.mid.attn[0] if self.mid.attn else None, h, emb, words)
-        h = self.mid.res[1](h, emb)
-        for level in self.up:
-            for i, res in enumerate(level.res):
-                h = torch.cat([h, skips.pop()], 1)
-                h = self._block(res, level.attn[i] if level.attn else None, h, emb, words)
-            if level.resample is not None:
-                h = _change(level.resample, h, emb)
-        return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)
+        return self.mid.res[1](h, emb), skips, emb, words
 
     def _check(self, x: Tensor) -> None:
         if x.shape[1] != self.config.in_channels:
@@ -265,6 +283,13 @@ class UNet(nn.Module):
             raise InputError(f"this UNet takes sides that are multiples of {unit}, "
                              f"got {x.shape[-2]}x{x.shape[-1]}",
                              hint=f"crop or pad to a multiple of {unit}")
+
+    def _size(self, x: Tensor, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        """SDXL's numbers for a picture of x's size that nobody cropped, where they are needed and not given."""
+        if not self.config.micro or "micro" in cond:
+            return {}
+        height, width = (side * self.config.pixels for side in x.shape[2:])
+        return {"micro": x.new_tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(len(x), 6)}
 
     def _embed(self, t: Tensor, cond: dict[str, Tensor], prepared: dict) -> Tensor:
         """Everything that is one vector per picture, summed: [B, E], or [1, E] with a prepared time alone."""
@@ -289,11 +314,17 @@ class UNet(nn.Module):
             emb = emb + self.pooled(pooled)
         return emb
 
-    def _words(self, cond: dict[str, Tensor], prepared: dict, dtype: torch.dtype) -> Words:
+    def _words(self, cond: dict[str, Tensor], prepared: dict, dtype: torch.dtype, perturb: Perturb) -> Words:
+        order = self._attentions() if perturb.identity or perturb.skip else []
+        weak = [{id(order[i]) for i in chosen} for chosen in perturb]
         if not self.config.context_dim:
-            return Words(None, None, {})
+            return Words(None, None, {}, *weak)
         context = None if prepared["words"] else self._need(cond, "context").to(dtype)
-        return Words(context, cond.get("context_mask"), prepared["words"])
+        return Words(context, cond.get("context_mask"), prepared["words"], *weak)
+
+    def _attentions(self) -> list[nn.Module]:
+        """In the order in which x meets them, which numbers the layers of a Perturb."""
+        return [attn for level in (*self.down, self.mid, *self.up) for attn in level.attn]
 
     def _need(self, cond: dict[str, Tensor], key: str) -> Tensor:
         if key not in cond:
@@ -310,9 +341,10 @@ class UNet(nn.Module):
 def _pair(res: ResBlock, attn: nn.Module | None, h: Tensor, emb: Tensor, words: Words) -> Tensor:
     """A residual block and the attention that may follow it."""
     h = res(h, emb)
-    if attn is None:
+    if attn is None or id(attn) in words.skip:
         return h
-    return attn(h, words.of(attn), words.mask) if isinstance(attn, SpatialTransformer) else attn(h)
+    alone = id(attn) in words.identity
+    return attn(h, words.of(attn), words.mask, alone) if isinstance(attn, SpatialTransformer) else attn(h, alone)
 
 
 def _change(resample: nn.Module, h: Tensor, emb: Tensor) -> Tensor:

@@ -2,21 +2,20 @@
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from nexus.codecs.kl_image import KLConfig
 from nexus.config import Config
-from nexus.errors import InputError
-from nexus.images import read_image
+from nexus.errors import InputError, UsageError
+from nexus.images import fitted, read_image
 from nexus.losses.kl import free_bits, kl_standard, log_likelihood, ramp, sample_gaussian
 from nexus.losses.perceptual import edge_distance
 from nexus.media import Media
+from nexus.models.cv.vae.critic import CriticConfig, deceive, judge
 from nexus.models.cv.vae.flat import ConvVAEConfig, MLPVAEConfig
 from nexus.phase import Phase
 from nexus.requests import SampleRequest
@@ -34,14 +33,16 @@ class VAEConfig(Config):
     capacity: nats; when set, the cost is beta * |KL - C|, C rising from 0 to it over capacity_steps (Burgess 2018).
     l1_weight, l2_weight, edge_weight: further reconstruction terms, each a mean over values times their number.
     per_value: the loss is divided by the number of values in a picture, so a gradient clip means the same at any size.
+    critic: a PatchGAN that a KL codec is trained against as well (Rombach et al. 2022); None = none.
     iwae_k: importance samples when the likelihood is estimated (Burda et al. 2016).
     """
 
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"net": {"kind": "conv", "size": 16, "widths": (8, 8), "hidden": 16, "latents": 4},
                  "likelihood": "bernoulli"},
-        "tiny-codec": _CODEC | {"net": KLConfig.presets["tiny"] | {"kind": "kl"}},
-        "picture-codec": _CODEC | {"net": KLConfig.presets["picture-codec"] | {"kind": "kl"}},
+        "tiny-codec": _CODEC | {"net": KLConfig.presets["tiny"] | {"kind": "kl"}, "critic": {"width": 4}},
+        "picture-codec": _CODEC | {"net": KLConfig.presets["picture-codec"] | {"kind": "kl"}, "beta": 5e-3,
+                                   "critic": {"weight": 0.1, "feature_weight": 0.05, "start": 3000}},
         "mlp-500": {"net": {"kind": "mlp"}, "likelihood": "bernoulli"},
         "beta-vae": {"net": {"kind": "conv", "size": 28, "widths": (32, 64)}, "likelihood": "bernoulli", "beta": 4.0},
         "beta-vae-capacity": {"net": {"kind": "conv", "size": 28, "widths": (32, 64)}, "likelihood": "bernoulli",
@@ -55,9 +56,10 @@ class VAEConfig(Config):
     default_preset: ClassVar[str] = "picture-codec"
     recipes: ClassVar[dict[str, dict]] = {
         "tiny": {"steps": 20, "batch_size": 4},
-        "picture-codec": {"steps": 6000, "batch_size": 32, "lr": 5e-4, "warmup": 100, "schedule": "cosine",
+        "tiny-codec": {"steps": 20, "batch_size": 4},
+        "picture-codec": {"steps": 5000, "batch_size": 16, "lr": 8e-4, "warmup": 200, "schedule": "cosine",
                           "final_lr": 0.02, "precision": "bfloat16", "ema": 0.995, "save_every": 250, "flip": 0.5,
-                          "shift": 4},
+                          "shift": 4, "betas": (0.9, 0.99)},
         "beta-vae": {"steps": 4000, "batch_size": 64, "lr": 1e-3, "schedule": "cosine", "ema": 0.995},
     }
     net: Annotated[KLConfig | ConvVAEConfig | MLPVAEConfig, Field(discriminator="kind")] = MLPVAEConfig()
@@ -72,7 +74,14 @@ class VAEConfig(Config):
     l2_weight: float = Field(0.0, ge=0)
     edge_weight: float = Field(0.0, ge=0)
     per_value: bool = False
+    critic: CriticConfig | None = None
     iwae_k: int = Field(50, ge=1)
+
+    @model_validator(mode="after")
+    def _critic_fits(self) -> Self:
+        if self.critic and not isinstance(self.net, KLConfig):
+            raise ValueError("critic: only a KL codec (net.kind=kl) is trained against one")
+        return self
 
     @property
     def image_size(self) -> int:
@@ -93,17 +102,21 @@ class VAEConfig(Config):
 
 
 class VAE(nn.Module):
-    """One network, one phase; `generate` decodes draws of the prior, or rebuilds the request's picture."""
+    """A network, and a critic if it is trained against one; `generate` decodes draws of the prior, or rebuilds."""
+
+    training_only = ("critic",)
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
         self.external: dict[str, str] = {}
         self.net = config.net.build()
+        self.critic = config.critic.build(self.config.image_channels) if config.critic else None
 
     def phases(self) -> tuple[Phase, ...]:
-        """Encoder and decoder together."""
-        return (Phase("vae", self.net, self.loss),)
+        """Encoder and decoder together, then the critic."""
+        both = (Phase("vae", self.net, self.loss),)
+        return both if self.critic is None else (*both, Phase("critic", self.critic, self.critic_loss))
 
     def loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """The training loss at `step`, with `distortion` and `rate` (nats a picture) and `psnr` (dB) to log."""
@@ -113,9 +126,22 @@ class VAE(nn.Module):
         kl = kl_standard(mean, logvar)
         shown = self.picture(output)
         values = math.prod(x.shape[1:])
-        loss = distortion + values * self._extra(shown, x) + rate_cost(c, kl, step)
+        rebuilding = distortion + values * self._extra(shown, x)
+        loss = rebuilding + rate_cost(c, kl, step)
         logged = {"distortion": distortion, "rate": kl.flatten(1).sum(1).mean(), "psnr": psnr(shown, x)}
+        if self.critic is not None and step >= c.critic.start:
+            last = self.net.decoder.conv_out.weight
+            deceived, seen = deceive(self.critic, c.critic, shown, x, rebuilding / values, last)
+            loss, logged = loss + values * deceived, logged | seen
         return {"loss": loss / values if c.per_value else loss} | {k: v.detach() for k, v in logged.items()}
+
+    def critic_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
+        """How badly the critic tells pictures from rebuilt ones; a constant while it does not learn yet."""
+        if step < self.config.critic.start - self.config.critic.lead:
+            return {"loss": 0.0 * self.critic.last.bias.sum()}
+        with torch.no_grad():
+            shown = self.picture(self.rebuild(batch["image"], rng)[0])
+        return judge(self.critic, shown, batch["image"])
 
     def rebuild(self, x: Tensor, rng: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         """x -> (decoder output, mean, log variance); with rng None the posterior's mean is decoded."""
@@ -138,9 +164,10 @@ class VAE(nn.Module):
                  watch: Callable[..., Any] | None = None) -> Media:
         """One picture a seed: a decoded draw of the prior, or a posterior draw of the request's picture.
 
-        Raises InputError for a prompt, a negative prompt, a mask, or a picture that cannot be read.
+        Raises InputError for a prompt, a negative prompt, a mask, or a picture that cannot be read, and UsageError for
+        what steers a sampler.
         """
-        refuse(request)
+        refuse(request, self.config.image_size)
         weight = next(self.net.parameters())
         noise = ItemNoise(seeds).draw(self.config.net.latent_shape).to(weight)
         if request.image is None:
@@ -155,14 +182,21 @@ class VAE(nn.Module):
         return Media("image", shown)
 
 
-def refuse(request: SampleRequest) -> None:
-    """InputError for what steers other models and would be ignored here."""
+def refuse(request: SampleRequest, side: int) -> None:
+    """InputError or UsageError for what steers other models and would be ignored here; side: of its pictures, px."""
     for name in ("prompt", "negative_prompt"):
         if getattr(request, name) is not None:
             raise InputError(f"this model is unconditional: it takes no {name.replace('_', ' ')}",
                              hint=f"leave --{name.replace('_', '-')} out")
     if request.mask is not None:
         raise InputError("this model rebuilds whole pictures: it takes no mask", hint="leave --mask out")
+    for name, field in SampleRequest.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in ("width", "height") and getattr(request, name) is not None:
+            raise UsageError(f"{flag}: this model makes {side}x{side} pixels only", hint=f"leave {flag} out")
+        if name != "image" and getattr(request, name) != field.get_default(call_default_factory=True):
+            raise UsageError(f"{flag}: this model makes a picture in one step, there is nothing to set",
+                             hint=f"leave {flag} out")
 
 
 def rate_cost(config: VAEConfig, kl: Tensor, step: int) -> Tensor:
@@ -181,10 +215,8 @@ def psnr(shown: Tensor, x: Tensor) -> Tensor:
 
 def read_picture(path: str, size: int, channels: int) -> Tensor:
     """A picture file -> [1, channels, size, size] in [-1, 1]: its middle square. InputError when it cannot be read."""
-    array = read_image(path, mode="L" if channels == 1 else "RGB")
-    picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-    fitted = np.array(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)).reshape(size, size, -1)
-    return torch.from_numpy(fitted).permute(2, 0, 1)[None].float() / 127.5 - 1
+    array = fitted(read_image(path, mode="L" if channels == 1 else "RGB"), size, size)
+    return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def _noise(like: Tensor, rng: torch.Generator) -> Tensor:

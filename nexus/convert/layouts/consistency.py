@@ -1,0 +1,41 @@
+"""Consistency models: OpenAI's .pt files (students and their EDM teachers) and diffusers' ConsistencyModelPipeline.
+
+Only consistency models' files hold q, k, v as 2-D convolutions; a diffusers UNet is told by its pipeline. No file says
+the picture's size or the noise levels: those of the published models are taken.
+"""
+
+from nexus.convert.layout import Layout, Shapes
+from nexus.convert.layouts import unet_diffusers, unet_openai
+from nexus.convert.layouts.unet import CONSISTENCY
+
+
+def _openai_matches(shapes: Shapes, foreign: dict | None) -> bool:
+    return foreign is None and unet_openai.matches(shapes) and unet_openai.conv2d_qkv(shapes)
+
+
+def _config(net: dict, size: int) -> dict:
+    """The published models have no null label, so their classes go by number: `--prompt 207`."""
+    count = net.get("num_classes", 0)
+    conditioner = {"kind": "label", "classes": [str(i) for i in range(count)]} if count else {"kind": "none"}
+    return {"net": net, "size": size, "conditioner": conditioner}
+
+
+def _openai_config(shapes: Shapes, foreign: dict | None) -> dict:
+    return _config(unet_openai.config_of(shapes), 64 if "label_emb.weight" in shapes else 256)
+
+
+def _diffusers_matches(shapes: Shapes, foreign: dict | None) -> bool:
+    return (foreign or {}).get("_pipeline") == "ConsistencyModelPipeline" and unet_diffusers.matches(shapes)
+
+
+def _diffusers_config(shapes: Shapes, foreign: dict | None) -> dict:
+    net = unet_diffusers.config_of(shapes, foreign)
+    return _config(net, (foreign or {}).get("sample_size") or (64 if "num_classes" in net else 256))
+
+
+LAYOUTS = (
+    Layout("openai", "consistency", "net", _openai_matches, _openai_config, CONSISTENCY,
+           unsaid=lambda shapes, foreign: ("size", *unet_openai.unsaid(shapes))),
+    Layout("diffusers", "consistency", "net", _diffusers_matches, _diffusers_config, unet_diffusers.table,
+           unet_diffusers.foreign_config),
+)

@@ -1,0 +1,148 @@
+"""The picture files of a folder, of a tar or of several, and what is written beside them."""
+
+import csv
+import glob
+import io
+import json
+import os
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from nexus.errors import InputError
+
+# Looked at; those after .tiff only so that `skipped` says that they are not read.
+EXTENSIONS = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .heic .heif .avif .jxl .jp2 .svg .tga .psd".split()
+MAX_NOTE_BYTES = 2**20  # a caption file
+
+
+class Place(NamedTuple):
+    """Where a file lies: the bytes of a file, or of a member of a tar."""
+
+    path: str
+    start: int
+    length: int
+
+    def read(self) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            return file.read(self.length)
+
+
+class Picture(NamedTuple):
+    """A picture file and what is known of it."""
+
+    name: str
+    caption: str
+    style: str
+    group: str  # its class
+    place: Place
+
+
+def find(spec: str) -> tuple[list[Picture], list[tuple[str, str]]]:
+    """All picture files of a folder, a tar or a glob of tars, and (name, reason) of what cannot be used."""
+    path = os.path.expanduser(spec)
+    pictures, skipped = [], []
+    if os.path.isdir(path):
+        _describe(_walk(path, skipped), "", pictures, skipped)
+    elif tars := [path] if os.path.isfile(path) else sorted(glob.glob(path)):
+        for tar in tars:
+            _describe(_members(tar, skipped), os.path.basename(tar) + ":", pictures, skipped)
+    else:
+        raise InputError(f"data {spec!r} does not exist, expected emoji, mnist, a folder or a .tar",
+                         hint="check the spelling; a path is relative to the current directory")
+    return pictures, skipped
+
+
+def _walk(root: str, skipped: list[tuple[str, str]]) -> dict[str, Place]:
+    """Files below a folder by relative name; hidden ones are not looked at, links to folders not followed."""
+    places = {}
+    unreadable = lambda error: skipped.append((error.filename, error.strerror))  # noqa: E731
+    for folder, subfolders, files in os.walk(root, onerror=unreadable):
+        here = Path(folder).relative_to(root)
+        skipped += [((here / name).as_posix(), "a link to a folder, links are not followed")
+                    for name in subfolders if os.path.islink(os.path.join(folder, name))]
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in files:
+            path = os.path.join(folder, name)
+            if os.path.isfile(path):  # a pipe would block, a dangling link has no size
+                places[(here / name).as_posix()] = Place(path, 0, os.path.getsize(path))
+            else:
+                skipped.append(((here / name).as_posix(), "not a regular file"))
+    return {name: place for name, place in places.items() if not PurePosixPath(name).name.startswith(".")}
+
+
+def _members(path: str, skipped: list[tuple[str, str]]) -> dict[str, Place]:
+    """Files in a tar by name; nothing is extracted, so names are labels and never paths."""
+    places = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isreg() and not member.issparse():
+                    places[member.name] = Place(path, member.offset_data, member.size)
+                elif not member.isdir():
+                    skipped.append((member.name, "not a regular file"))
+    except (tarfile.TarError, OSError) as error:
+        if not places:
+            raise InputError(f"{path!r} cannot be read as a .tar: {error}",
+                             hint="expected an uncompressed .tar of name.png + name.txt pairs") from None
+        skipped.append((path, f"damaged after {len(places)} members: {error}"))
+    return places
+
+
+def _describe(places: dict[str, Place], prefix: str, pictures: list[Picture],
+              skipped: list[tuple[str, str]]) -> None:
+    """Adds each picture with its caption: metadata row, else name.txt, name.json, else its folder's name."""
+    rows = {}
+    for name, place in places.items():
+        if PurePosixPath(name).name in ("metadata.jsonl", "metadata.csv"):
+            rows.update(_metadata(prefix + name, name, place))
+    for name in sorted(rows.keys() - places.keys()):
+        skipped.append((prefix + name, "named in the metadata but not there"))
+    for name, place in places.items():
+        stem, extension = os.path.splitext(name)
+        if extension.lower() not in EXTENSIONS:
+            continue
+        try:
+            note = {}
+            for beside in (".json", ".txt"):
+                if stem + beside in places:
+                    note |= _note(places[stem + beside], beside)
+            folder = PurePosixPath(name).parent.name
+            note |= rows.get(name, {})
+            caption = " ".join(note.get("text", note.get("caption", re.sub("[-_]", " ", folder))).split())
+            known = prefix + name, caption, note.get("style", ""), note.get("class", "")
+            "".join(known).encode()  # a number or an invalid character ends here, not in a checkpoint
+            pictures.append(Picture(*known[:3], known[3] or folder or caption, place))
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"its name, caption, style or class is not readable text: {error}"
+            skipped.append(((prefix + name).encode(errors="replace").decode(), reason))
+
+
+def _note(place: Place, extension: str) -> dict:
+    """What the .txt or .json beside a picture says of it; raises ValueError."""
+    if place.length > MAX_NOTE_BYTES:
+        raise ValueError(f"{place.length} bytes of caption, more than the {MAX_NOTE_BYTES} allowed")
+    text = place.read().decode("utf-8-sig")
+    return {"text": text} if extension == ".txt" else dict(json.loads(text))
+
+
+def _metadata(shown: str, name: str, place: Place) -> Iterator[tuple[str, dict]]:
+    """(picture name, note) per row of metadata.jsonl or metadata.csv; raises InputError naming the row."""
+    line = 0
+    try:
+        lines = io.StringIO(place.read().decode("utf-8-sig"), newline="")
+        rows = csv.DictReader(lines) if name.endswith(".csv") else map(json.loads, filter(str.strip, lines))
+        for line, row in enumerate(rows, start=1):
+            note = {"text": row.get("text", row.get("caption"))}
+            note |= {key: row[key] for key in ("style", "class") if key in row}
+            picture = row["file_name"]
+            if not all(isinstance(value, str) for value in (picture, *note.values())):
+                raise ValueError("expected text in file_name, text, style and class")
+            yield posixpath.normpath(posixpath.join(posixpath.dirname(name), picture)), note
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, csv.Error, RecursionError) as error:
+        raise InputError(f"{shown} cannot be read after row {line}: {error!r}",
+                         hint="expected file_name and text (or caption) in every row, as UTF-8") from None

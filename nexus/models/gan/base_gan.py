@@ -1,0 +1,34 @@
+"""GAN: DCGAN, and a modern baseline in the spirit of R3GAN. Goodfellow et al. 2014; Radford et al. 2015; Huang 2024."""
+
+from typing import ClassVar
+
+from nexus.process.adversarial import AdversarialConfig
+
+TINY_NET = {"kind": "dcgan", "size": 16, "width": 8, "latents": 16}
+_TINY_WIDTHS = {"kind": "resnet", "widths": (16, 16, 8), "blocks": 1, "group": 8}
+_EMOJI_NET = {"kind": "resnet", "widths": (224, 224, 160, 96, 48), "blocks": 2, "group": 16}
+_MODERN = {"loss": "relativistic", "augment": ("translation",)}
+
+
+class GANConfig(AdversarialConfig):
+    """Pictures from random codes; the defaults are DCGAN's of pytorch/examples."""
+
+    presets: ClassVar[dict[str, dict]] = {
+        "tiny": {"net": TINY_NET, "critic": {"kind": "dcgan", "width": 8}},
+        "tiny-modern": _MODERN | {"net": _TINY_WIDTHS | {"latents": 16}, "critic": _TINY_WIDTHS, "r1": 1.0, "r2": 1.0},
+        "dcgan": {},
+        "emoji": _MODERN | {"net": _EMOJI_NET, "critic": _EMOJI_NET, "r1": 2.0, "r2": 2.0},
+        "digits": {"net": {"kind": "dcgan", "size": 32, "channels": 1, "width": 32, "latents": 64},
+                   "critic": {"kind": "dcgan", "width": 32, "norm": "none", "spectral": True}, "loss": "hinge"},
+    }
+    default_preset: ClassVar[str] = "emoji"
+    recipes: ClassVar[dict[str, dict]] = {
+        "tiny": {"steps": 20, "batch_size": 4},
+        "tiny-modern": {"steps": 20, "batch_size": 4},
+        "dcgan": {"steps": 50_000, "batch_size": 64, "optimizer": "adam", "lr": 2e-4, "betas": (0.5, 0.999),
+                  "clip": 0.0},
+        "emoji": {"steps": 20_000, "batch_size": 32, "optimizer": "adam", "lr": 2e-4, "betas": (0.0, 0.99),
+                  "schedule": "cosine", "final_lr": 0.25, "clip": 0.0, "ema": 0.998, "flip": 0.5, "save_every": 500},
+        "digits": {"steps": 5000, "batch_size": 64, "optimizer": "adam", "lr": 2e-4, "betas": (0.5, 0.99),
+                   "clip": 0.0, "ema": 0.998},
+    }

@@ -1,0 +1,211 @@
+"""CycleGAN: two networks that turn pictures of one kind into another and back, learnt without pairs. Zhu et al. 2017.
+
+B pictures; a and b are the two kinds, ab and ba the directions.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from nexus.config import Config
+from nexus.errors import InputError, UsageError
+from nexus.losses.adversarial import LOSSES
+from nexus.losses.diversity import diversity
+from nexus.media import Media
+from nexus.nn.gan_blocks import frozen, gaussian_weights
+from nexus.nn.image_pool import ImagePool
+from nexus.nn.patch_critic import PatchCritic
+from nexus.nn.translators import ResnetConfig, UNetConfig
+from nexus.phase import Phase
+from nexus.process.latents import refuse
+from nexus.process.translation import TRANSLATES, read_source, translated
+from nexus.requests import SampleRequest
+
+LSGAN = LOSSES["lsgan"]
+WAYS = ("ab", "ba")
+
+
+class PatchNetConfig(Config):
+    """A PatchGAN critic alone, as a published file holds it; the defaults see 70x70 pixels."""
+
+    kind: Literal["patch"] = "patch"
+    in_channels: int = Field(3, ge=1)
+    width: int = Field(64, ge=1)
+    layers: int = Field(3, ge=1)
+    norm: Literal["instance", "batch", "none"] = "instance"
+
+    def build(self) -> PatchCritic:
+        """The critic with its initial weights."""
+        critic = PatchCritic(self.in_channels, self.width, self.layers, self.norm)
+        gaussian_weights(critic)
+        return critic
+
+
+_EMOJI = {"kind": "resnet", "width": 32, "blocks": 6}
+
+
+class CycleGANConfig(Config):
+    """Two networks of config `net`, a critic of each kind, and what the generators pay for.
+
+    cycle: weight of |there and back - x|. identity: of |b - ab(b)|, as a share of `cycle`. pool: earlier pictures that
+    a critic is also shown. two_way False: only the way ab, as published files hold it; such a model is not trained.
+    size: side of the pictures in training. A net of kind "patch" is a published critic, which makes nothing.
+    """
+
+    net: Annotated[ResnetConfig | UNetConfig | PatchNetConfig, Field(discriminator="kind")] = ResnetConfig()
+    critic: PatchNetConfig = PatchNetConfig()
+    size: int = Field(256, ge=16)
+    cycle: float = Field(10.0, ge=0)
+    identity: float = Field(0.5, ge=0)
+    pool: int = Field(50, ge=0)
+    two_way: bool = True
+    domains: ClassVar[str] = "unaligned"
+
+    presets: ClassVar[dict[str, dict]] = {
+        "tiny": {"net": {"kind": "resnet", "width": 4, "blocks": 1}, "size": 16, "pool": 6,
+                 "critic": {"width": 4, "layers": 1}},
+        "resnet-9": {},
+        "resnet-6": {"net": {"kind": "resnet", "blocks": 6}, "size": 128},
+        "emoji": {"net": _EMOJI, "size": 64, "critic": {"width": 32, "layers": 2}, "identity": 0.0},
+    }
+    default_preset: ClassVar[str] = "emoji"
+    recipes: ClassVar[dict[str, dict]] = {
+        "tiny": {"steps": 20, "batch_size": 4},
+        "resnet-9": {"steps": 267_800, "batch_size": 1, "optimizer": "adam", "lr": 2e-4, "betas": (0.5, 0.999),
+                     "schedule": "constant-linear", "clip": 0.0, "ema": 0.0, "flip": 0.5, "shift": 15},
+    }
+    recipes |= {
+        "resnet-6": recipes["resnet-9"],
+        "emoji": recipes["resnet-9"] | {"steps": 8000, "batch_size": 4, "shift": 4, "ema": 0.995, "save_every": 250},
+    }
+
+    @model_validator(mode="after")
+    def _round_trip(self) -> Self:
+        if self.two_way and self.net.kind != "patch" and self.net.in_channels != self.net.out_channels:
+            raise ValueError("net: a picture that comes back must have as many channels as it had")
+        return self
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures it is trained on, in pixels."""
+        return self.size
+
+    @property
+    def image_channels(self) -> int:
+        """Colour channels of the pictures."""
+        return self.net.in_channels
+
+    def adapt(self, facts: Any) -> Self:
+        """It learns no names."""
+        return self
+
+    def build(self) -> "CycleGAN | Critic":
+        """The system with its initial weights."""
+        return Critic(self) if self.net.kind == "patch" else CycleGAN(self)
+
+
+class Both(nn.Module):
+    """The two directions as one network."""
+
+    def __init__(self, config: Config, two_way: bool):
+        super().__init__()
+        self.ab = config.build()
+        self.ba = config.build() if two_way else None
+
+    def forward(self, x: Tensor, way: str = "ab") -> Tensor:
+        """x [B, C, H, W] of the kind that `way` starts from -> the other kind."""
+        return (self.ab if way == "ab" else self.ba)(x)
+
+
+class CycleGAN(nn.Module):
+    """Two translators, and while they are trained two critics with their pools of earlier pictures."""
+
+    training_only = ("critic", "pools")
+    takes = TRANSLATES
+
+    def __init__(self, config: CycleGANConfig):
+        super().__init__()
+        self.config, c = config, config
+        self.external: dict[str, str] = {}
+        self.net = Both(c.net, c.two_way)
+        self.directions = WAYS if c.two_way else WAYS[:1]
+        self.critic = nn.ModuleDict({kind: c.critic.build() for kind in "ab"}) if c.two_way else None
+        shape = (c.net.out_channels, c.size, c.size)
+        self.pools = nn.ModuleDict({kind: ImagePool(c.pool, shape) for kind in "ab"}) if c.two_way else None
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Both generators, then both critics. UsageError for a model of one way."""
+        if self.critic is None:
+            raise UsageError("a model of one way cannot be trained", hint="train anew, with --init to start from it")
+        return Phase("generator", self.net, self.generator_loss), Phase("critic", self.critic, self.critic_loss)
+
+    def generator_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
+        """Deceiving both critics, coming back, and leaving alone what is of the wanted kind already."""
+        c, total, logged = self.config, 0.0, {"deceive": 0.0, "cycle": 0.0}
+        for way, back, x, y in _ways(batch):
+            made = self.net(x, way)
+            with frozen(self.critic[way[1]]) as critic:
+                deceived = LSGAN.generator(None, critic(made).float())
+            cycle = (self.net(made, back).float() - x).abs().mean()
+            total = total + deceived + c.cycle * cycle
+            logged |= {"deceive": logged["deceive"] + deceived.detach(), "cycle": logged["cycle"] + cycle.detach(),
+                       f"diversity_{way}": diversity(made, y)}
+            if c.identity:
+                kept = (self.net(y, way).float() - y).abs().mean()
+                total = total + c.cycle * c.identity * kept
+                logged["identity"] = logged.get("identity", 0.0) + kept.detach()
+        return {"loss": total} | logged
+
+    def critic_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
+        """How badly each critic tells its kind from made pictures, new and earlier ones."""
+        total, logged = 0.0, {}
+        for way, _, x, y in _ways(batch):
+            with torch.no_grad():
+                made = self.pools[way[1]].query(self.net(x, way).float(), rng)
+            real, fake = (self.critic[way[1]](seen).float() for seen in (y, made))
+            total = total + LSGAN.critic(real, fake)
+            logged |= {f"real_{way[1]}": real.mean().detach(), f"fake_{way[1]}": fake.mean().detach()}
+        return {"loss": total} | logged
+
+    def translate(self, x: Tensor, direction: str = "ab", seeds: list[int] | None = None) -> Tensor:
+        """x [B, C, H, W] in [-1, 1] of any size -> the other kind. UsageError for a way that the model lacks."""
+        if direction not in self.directions:
+            raise UsageError("--direction ba: this model goes one way, from a to b", hint="leave --direction out")
+        return translated(lambda part: self.net(part, direction), x, self.config.net.multiple).float()
+
+    @torch.inference_mode()
+    def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
+        """The request's picture as the other kind, once a seed (all the same). Raises InputError or UsageError."""
+        refuse(request, self.takes, "this model makes one picture of another")
+        x = read_source(request, self.config.image_channels).to(next(self.net.parameters()))
+        shown = self.translate(x, request.direction or "ab").clamp(-1, 1).expand(len(seeds), -1, -1, -1)
+        if watch is not None:
+            watch(0, 1, shown, lambda x: x)
+        return Media("image", shown)
+
+
+def _ways(batch: dict) -> tuple[tuple[str, str, Tensor, Tensor], ...]:
+    """(way, way back, pictures it starts from, pictures of the kind it makes), both ways."""
+    a, b = batch["image"], batch["other"]
+    return ("ab", "ba", a, b), ("ba", "ab", b, a)
+
+
+class Critic(nn.Module):
+    """A published PatchGAN: it judges pictures and makes none."""
+
+    def __init__(self, config: CycleGANConfig):
+        super().__init__()
+        self.config = config
+        self.external: dict[str, str] = {}
+        self.net = config.net.build()
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Nothing: a critic is trained against a generator."""
+        raise UsageError("a critic alone cannot be trained", hint="nexus train cyclegan --preset resnet-9")
+
+    def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
+        """InputError: a critic makes nothing."""
+        raise InputError("this model is a critic of pictures: it makes none", hint="convert the generator's file")

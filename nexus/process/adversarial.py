@@ -1,0 +1,196 @@
+"""Adversarial training: a generator of pictures from codes against a critic. Goodfellow et al. 2014.
+
+The one system behind GAN, conditional GAN and WGAN. B pictures, C channels, Z = length of a code, K = frames of a walk.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from nexus.config import Config
+from nexus.errors import InputError
+from nexus.losses.adversarial import LOSSES
+from nexus.losses.diversity import diversity
+from nexus.losses.regularisers import clip_weights, drift, gradient_penalty, gradient_square
+from nexus.media import Media
+from nexus.nn.dcgan import DCCriticConfig, DCGeneratorConfig
+from nexus.nn.diffaugment import Policy, diff_augment
+from nexus.nn.gan_blocks import frozen
+from nexus.nn.gan_resnet import ResCriticConfig, ResGeneratorConfig
+from nexus.phase import Phase
+from nexus.process.latents import codes, refuse
+from nexus.requests import SampleRequest
+from nexus.rng import generator
+from nexus.text.conditioner import LabelCondConfig, NoCondConfig
+
+TOGETHER = 64           # frames of walks that are made at once
+
+AnyGenerator = Annotated[DCGeneratorConfig | ResGeneratorConfig, Field(discriminator="kind")]
+AnyCritic = Annotated[DCCriticConfig | ResCriticConfig, Field(discriminator="kind")]
+
+
+class AdversarialConfig(Config):
+    """A generator, its critic and the game they play.
+
+    loss: a name of nexus/losses/adversarial.py. critic_steps: turns of the critic for one of the generator (n_critic).
+    critic_rate: the critic's learning rate over the generator's. r1, r2, gp, drift: weights of the penalties in
+    nexus/losses/regularisers.py; r1 and r2 are on the pictures as the critic sees them, after `augment`. clip: limit
+    of the critic's weights, 0 = none. auxiliary: weight of the class guess of a critic with label "auxiliary".
+    """
+
+    net: AnyGenerator = DCGeneratorConfig()
+    critic: AnyCritic = DCCriticConfig()
+    conditioner: LabelCondConfig | NoCondConfig = Field(NoCondConfig(), discriminator="kind")
+    loss: Literal[tuple(LOSSES)] = "non-saturating"
+    critic_steps: int = Field(1, ge=1)
+    critic_rate: float = Field(1.0, gt=0)
+    r1: float = Field(0.0, ge=0)
+    r2: float = Field(0.0, ge=0)
+    gp: float = Field(0.0, ge=0)
+    drift: float = Field(0.0, ge=0)
+    clip: float = Field(0.0, ge=0)
+    auxiliary: float = Field(1.0, ge=0)
+    augment: tuple[Policy, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        widths = getattr(self.critic, "widths", None)
+        if widths and 4 * 2 ** (len(widths) - 1) != self.net.size:
+            raise ValueError(f"critic.widths: {len(widths)} resolutions are of {4 * 2 ** (len(widths) - 1)} pixels, "
+                             f"the generator makes {self.net.size}")
+        if getattr(self.critic, "label", "none") != "none" and self.conditioner.kind == "none":
+            raise ValueError("critic.label: a critic that sees labels needs conditioner.kind label")
+        if (self.r1 or self.r2 or self.gp) and getattr(self.critic, "norm", "none") == "batch":
+            raise ValueError("critic.norm: penalties on a picture's own gradient need a critic without batch norms")
+        return self
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures it is trained on, in pixels."""
+        return self.net.size
+
+    @property
+    def image_channels(self) -> int:
+        """Colour channels of the pictures."""
+        return self.net.channels
+
+    def adapt(self, facts: Any) -> Self:
+        """A copy with the class and style names of a data set, and tables for them."""
+        conditioner = self.conditioner.adapt(facts.classes, tuple(s for s in facts.styles if s))
+        tables = {} if conditioner.kind == "none" else \
+            {"num_classes": len(conditioner.classes), "num_styles": len(conditioner.styles)}
+        return self.model_copy(update={"conditioner": conditioner, "net": self.net.model_copy(update=tables)})
+
+    def build(self) -> "Adversarial":
+        """The system with its initial weights."""
+        return Adversarial(self)
+
+
+class Adversarial(nn.Module):
+    """A generator `net` and, while it is trained, its critic."""
+
+    training_only = ("critic",)
+    takes = frozenset({"prompt", "truncation", "interpolate", "initial_noise"})
+
+    def __init__(self, config: AdversarialConfig):
+        super().__init__()
+        self.config = config
+        self.external: dict[str, str] = {}
+        self.net: nn.Module = config.net.build()
+        self.critic: nn.Module = config.critic.build(config.net)
+        self.conditioner = config.conditioner.build()
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The critic, as often as the game has it, then the generator."""
+        c = self.config
+        after = (lambda step: clip_weights(self.critic, c.clip)) if c.clip else None
+        return (Phase("critic", self.critic, self.critic_loss, c.critic_steps, after, c.critic_rate),
+                Phase("generator", self.net, self.generator_loss))
+
+    def critic_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
+        """How badly real and made pictures are told apart, and the penalties, each logged by its name."""
+        c, real, cond = self.config, batch["image"], self._cond(batch, rng)
+        with torch.no_grad():
+            fake = self.net(self._draw(real, rng), cond)
+        real, fake = (diff_augment(x.float(), rng, c.augment) for x in (real, fake))
+        real, fake = real.requires_grad_(c.r1 > 0), fake.requires_grad_(c.r2 > 0)
+        (on_real, seen), (on_fake, guessed) = self.critic(real, cond), self.critic(fake, cond)
+        on_real, on_fake = on_real.float(), on_fake.float()
+        loss = LOSSES[c.loss].critic(on_real, on_fake)
+        logged = {"real": on_real.mean(), "fake": on_fake.mean()}
+        if c.loss == "wasserstein":
+            logged["distance"] = -loss
+        penalties = {"r1": lambda: gradient_square(on_real, real), "r2": lambda: gradient_square(on_fake, fake),
+                     "gp": lambda: gradient_penalty(lambda x: self.critic(x, cond)[0], real, fake, rng),
+                     "drift": lambda: drift(on_real)}
+        for name, penalty in penalties.items():
+            if weight := getattr(c, name):
+                logged[name] = penalty()
+                loss = loss + weight * logged[name]
+        if seen is not None:
+            wrong = F.cross_entropy(seen.float(), batch["label"])
+            loss = loss + c.auxiliary * (wrong + F.cross_entropy(guessed.float(), batch["label"]))
+            logged["accuracy"] = (seen.argmax(1) == batch["label"]).float().mean()
+        return {"loss": loss} | {k: v.detach() for k, v in logged.items()}
+
+    def generator_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
+        """How well the critic is deceived, with the share of the data's diversity that the pictures have."""
+        c, cond = self.config, self._cond(batch, rng)
+        fake = self.net(self._draw(batch["image"], rng), cond)
+        with frozen(self.critic) as critic:
+            scores, guessed = critic(diff_augment(fake.float(), rng, c.augment), cond)
+            real = torch.zeros_like(scores)
+            if c.loss == "relativistic":                # the others do not look at real pictures
+                with torch.no_grad():
+                    real = critic(diff_augment(batch["image"], rng, c.augment), cond)[0]
+        loss = LOSSES[c.loss].generator(real.float(), scores.float())
+        if guessed is not None:
+            loss = loss + c.auxiliary * F.cross_entropy(guessed.float(), batch["label"])
+        return {"loss": loss, "diversity": diversity(fake, batch["image"])}
+
+    def _cond(self, batch: dict, rng: torch.Generator) -> dict | None:
+        return None if self.conditioner is None else self.conditioner.training_cond(batch, rng)
+
+    def _draw(self, real: Tensor, rng: torch.Generator) -> Tensor:
+        return torch.randn(len(real), self.config.net.latents, generator=rng).to(real)
+
+    @torch.inference_mode()
+    def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
+        """One picture a seed, or a walk of K pictures. Without a prompt the class is drawn by the seed.
+
+        Raises InputError for a prompt that the model cannot follow, UsageError for what steers other models.
+        """
+        if self.conditioner is None and request.prompt is not None:
+            raise InputError("this model is unconditional: it takes no prompt", hint="leave --prompt out")
+        refuse(request, self.takes, "this model makes a picture in one step, there is nothing to set")
+        weight = next(self.net.parameters())
+        z = codes(request, seeds, self.config.net.latents)
+        cond, notes = self._asked(request, seeds, weight.device)
+        frames = z.shape[1] if z.ndim == 3 else 1
+        if cond is not None:
+            cond = {name: ids.repeat_interleave(frames) for name, ids in cond.items()}
+        flat = z.reshape(-1, z.shape[-1]).to(weight)
+        parts = [self.net(flat[i:i + TOGETHER], cond and {n: ids[i:i + TOGETHER] for n, ids in cond.items()})
+                 for i in range(0, len(flat), TOGETHER)]
+        shown = torch.cat(parts).float().clamp(-1, 1)
+        if watch is not None:
+            watch(0, 1, shown, lambda x: x)
+        return Media("image", shown if z.ndim == 2 else shown.unflatten(0, (len(seeds), frames)), notes)
+
+    def _asked(self, request: SampleRequest, seeds: list[int], device: torch.device) -> tuple[dict | None, tuple]:
+        """The ids of the prompt's class and style, what it does not say drawn by each seed, and notes of both."""
+        if self.conditioner is None:
+            return None, ()
+        cond, found = self.conditioner.prompts([request.prompt] * len(seeds), device)
+        names, notes = self.conditioner.config, [dict(note) for note in found]
+        for key, note, table in (("label", "class", names.classes), ("style", "style", names.styles)):
+            for i, seed in enumerate(seeds if key in cond else ()):
+                if int(cond[key][i]) == len(table):
+                    drawn = int(torch.randint(len(table), (), generator=generator(seed, key)))
+                    cond[key][i] = drawn
+                    notes[i][note] = table[drawn]
+        return cond, tuple(notes)

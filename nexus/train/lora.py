@@ -1,0 +1,57 @@
+"""Training low-rank updates alone: a LoRA run's settings, its base model, and the system it trains."""
+
+from pathlib import Path
+
+import torch
+
+from nexus import catalog, checkpoint
+from nexus.config import Config
+from nexus.convert.lora_run import base_config, base_of, dressed, fill_base
+from nexus.errors import UsageError
+from nexus.nn.lora import LoRAConfig
+from nexus.train.args import TrainArgs
+
+RECIPE = {"steps": 1000, "batch_size": 4, "lr": 1e-4, "ema": 0.0}
+
+
+def settle(run: Path, system: str, spec: LoRAConfig | None, init: str | None) -> dict | None:
+    """What a run's description says of its LoRA: the settings and the base model; None = it trains the whole system.
+
+    Raises UsageError for a run that was begun with others, and when there is no base.
+    """
+    if not (run / "config.json").exists():
+        return spec and {**spec.to_json(), "base": base_of(system, init)}
+    stored = checkpoint.read_description(run).get("lora")
+    if spec and (not stored or any(stored[k] != v for k, v in spec.to_json().items())):
+        raise UsageError(f"{run} was started with another value of lora",
+                         hint="leave it out to go on as before, or choose another --run")
+    return stored
+
+
+def settings(system: str, lora: dict, preset: str | None, file: dict | None, overrides: list[str],
+             flags: dict) -> tuple[Config, TrainArgs]:
+    """The base model's configuration, and arguments: RECIPE, then the preset's recipe, then file, --set and flags."""
+    cls = catalog.config_class(system)
+    if preset:
+        cls.preset(preset)
+    mine = [o.removeprefix("train.") for o in overrides if o.startswith("train.")]
+    file = file or {}
+    recipe = RECIPE | (cls.recipes.get(preset, {}) if preset else {})
+    args = TrainArgs.parse(recipe | file.get("train", {}))
+    config = cls.parse(base_config(system, lora["base"]) | file.get("config", {}))
+    config = config.override([o for o in overrides if not o.startswith("train.")])
+    return config, TrainArgs.parse(args.override(mine).to_json() | flags)
+
+
+def begin(built: torch.nn.Module, system: str, lora: dict, run: Path, sharding: str) -> str:
+    """Fill a new system with the base's weights and give it branches; returns a line that says so."""
+    if sharding != "ddp":
+        raise UsageError("a LoRA is trained whole on every device", hint="--set train.sharding=ddp")
+    fill_base(built, lora["base"], str(run))
+    dressed(built, {"system": system, "lora": lora})
+    for phase in built.phases():
+        if not any(p.requires_grad for p in phase.module.parameters()):
+            raise UsageError(f"'{system}' trains more than one network, and a LoRA is of one",
+                             hint="train it without --lora")
+    count = sum(t.numel() for t in checkpoint.own_state(built).values())
+    return f"{count:,} numbers are trained, on the weights of {lora['base']['model']}"

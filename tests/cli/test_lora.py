@@ -1,0 +1,56 @@
+"""--lora, --embedding and --control on the command line; what they compute is tested elsewhere."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def adapted(warm, trained, pictures, tmp_path_factory):
+    """The run folder of a LoRA of the tiny DDPM."""
+    run = tmp_path_factory.mktemp("lora") / "run"
+    done = warm("train", "ddpm", "--lora", "rank=2,alpha=4", "--init", trained, "--data", pictures, "--run", run,
+                "--steps", 2, "--batch-size", 4, "--lr", 0.1, "--set", "train.samples=0", "--device", "cpu")
+    assert done.returncode == 0, done.stderr.decode()
+    return run
+
+
+def test_it_is_trained_merged_written_and_sampled(warm, trained, adapted, tmp_path):
+    def picture(*arguments, model=trained):
+        done = warm("sample", "ddpm", "-m", model, "--steps", 2, "-s", 1, "--device", "cpu", "-o", "-", *arguments)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout
+    file = tmp_path / "k.safetensors"
+    assert warm("convert", adapted, file, "--to", "kohya").returncode == 0
+    assert warm("convert", trained, tmp_path / "merged", "--lora", f"{file}:1.0").returncode == 0
+    assert warm("convert", adapted, tmp_path / "own").returncode == 0
+    assert picture("--no-metadata") != picture("--no-metadata", "--lora", file)
+    wanted = picture("--no-metadata", model=adapted)
+    assert picture("--no-metadata", "--lora", file) == wanted == picture("--no-metadata", model=tmp_path / "merged")
+    assert picture("--no-metadata", model=tmp_path / "own") == wanted
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"seed": 1, "lora": ["k.safetensors:0.5", "k.safetensors:0.5"]}) + "\n" +
+                    json.dumps({"seed": 1, "lora": ["gone.safetensors"]}) + "\n")
+    done = warm("sample", "ddpm", "-m", trained, "--steps", 2, "-b", rows, "-o", f"{tmp_path}/out/", "--on-error",
+                "continue", "--device", "cpu")
+    assert done.returncode == 7 and b"gone.safetensors" in done.stderr
+    assert len(list((tmp_path / "out").glob("*.png"))) == 1
+
+
+def test_a_plan_shows_the_lora(warm, trained, pictures, tmp_path):
+    done = warm("train", "ddpm", "--lora", "rank=2", "--init", trained, "--data", pictures, "--run", tmp_path / "x",
+                "--dry-run")
+    plan = json.loads(done.stdout)
+    assert plan["lora"]["rank"] == 2 and plan["lora"]["base"]["digest"] and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("arguments, code, said", [
+    (("--lora", "gone.safetensors:0.5"), 4, "there is no file 'gone.safetensors'"),
+    (("--embedding", "gone.pt:cat"), 4, "there is no file 'gone.pt'"),
+    (("--control", "gone/model"), 4, "there is no model 'gone/model'"),
+    (("--control-image", "gone.png"), 3, "there is no file 'gone.png'"),
+    (("--control-scale", "-1"), 2, "not a number from 0 to 10"),
+])
+def test_what_is_not_there_is_said_at_once(warm, trained, arguments, code, said):
+    done = warm("sample", "ddpm", "-m", trained, *arguments, "--device", "cpu", "-o", "/tmp/never.png")
+    assert done.returncode == code and said in " ".join(done.stderr.decode().replace("│", " ").split())

@@ -1,0 +1,52 @@
+"""What comparisons with a whole pipeline of diffusers share: a small picture codec, our system, given conditions."""
+
+import torch
+
+from nexus.convert.keymap import to_native
+from nexus.convert.layouts import kl_image
+
+
+def shapes(state):
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
+
+
+def tiny_codec(diffusers):
+    """Random, two pixels to a latent position."""
+    return diffusers.AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, sample_size=16,
+                                   down_block_types=("DownEncoderBlock2D",) * 2,
+                                   up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.5).eval()
+
+
+def louder(net, factor: float = 1.5):
+    """Larger random weights, so that the conditions and the time show in the picture."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(factor)
+    return net.eval()
+
+
+def ours_of(pipe, config_class, layout, state, **changes) -> torch.nn.Module:
+    """Our system with a pipeline's codec and the transformer's weights; `changes` are settings of the Config."""
+    vae, said = pipe.vae.state_dict(), dict(pipe.vae.config)
+    picture = next(one for one in kl_image.LAYOUTS if one.matches(shapes(vae), said))
+    codec = picture.config(shapes(vae), said)
+    config = layout.config(shapes(state), dict(pipe.transformer.config))
+    config["net"] |= changes.pop("net", {})
+    system = config_class.parse(config | {"codec": {"net": codec["net"]}} | changes).build().eval()
+    system.net.load_state_dict(to_native(layout.table(config), state))
+    system.codec.load_state_dict(to_native(picture.table(codec), vae))
+    return system
+
+
+class Given(torch.nn.Module):
+    """A conditioner of one prompt: its conditions and the null's, each with a batch of 1."""
+
+    def __init__(self, cond, null):
+        super().__init__()
+        self.cond, self.no = cond, null
+
+    def prompts(self, prompts, device):
+        return {n: v.repeat(len(prompts), *[1] * (v.ndim - 1)) for n, v in self.cond.items()}, ()
+
+    def null(self, n, device):
+        return {name: v.repeat(n, *[1] * (v.ndim - 1)) for name, v in self.no.items()}
