@@ -208,10 +208,10 @@ def _check_combinations(flags: dict) -> None:
         if flags[one] not in (None, False) and flags[other] not in (None, False):
             raise UsageError(f"--{one.replace('_', '-')} and --{other.replace('_', '-')} cannot be given together",
                              hint="leave one of them out")
-    for needed, by in (("image", "strength"), ("image", "mask"), ("image", "outpaint"), ("batch", "shard"),
+    for wanted, by in (("image", "strength"), ("image", "mask"), ("image", "outpaint"), ("batch", "shard"),
                        ("batch", "limit"), ("batch", "on_error")):
-        if flags[by] is not None and flags[needed] is None and not (needed == "image" and flags["batch"]):
-            raise UsageError(f"--{by.replace('_', '-')} needs --{needed}", hint=f"add --{needed} FILE")
+        if flags[by] is not None and flags[wanted] is None and not (wanted == "image" and flags["batch"]):
+            raise UsageError(f"--{by.replace('_', '-')} needs --{wanted}", hint=f"add --{wanted} FILE")
     if sum(flags[name] == "-" for name in ("prompt", "prompt_file", "image", "batch")) > 1:
         raise UsageError("only one of --prompt, --prompt-file, --image and --batch can be -",
                          hint="standard input can be read once")

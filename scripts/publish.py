@@ -25,8 +25,10 @@ def publish(run: Path, name: str) -> None:
     config = described["config"]
     if config["net"].get("kind") == "kl":
         config["net"] |= _normalised(system, described["data"])
-    state = {n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in checkpoint.released_state(system).items()}
-    facts = {k: described[k] for k in ("train", "data", "data_digest", "nexus")} | {"trained_steps": int(source.name[5:])}
+    state = {n: t.to(torch.bfloat16) if t.is_floating_point() else t
+             for n, t in checkpoint.released_state(system).items()}
+    facts = {k: described[k] for k in ("train", "data", "data_digest", "nexus")}
+    facts["trained_steps"] = int(source.name[5:])
     facts["init"] = checkpoint.read_description(run).get("init")
     target = stored.ZOO / name
     extra = {"README.md": card(name, described, facts, sum(t.numel() for t in state.values())).encode()}
@@ -48,8 +50,11 @@ def card(name: str, described: dict, facts: dict, numbers: int) -> str:
     """The model card, every figure taken from the checkpoint itself or from what `nexus eval` wrote beside the run."""
     system, train = described["system"], facts["train"]
     seen = facts["trained_steps"] * train["batch_size"]
-    start = f" It started from the weights of `{facts['init']}`." if facts["init"] else ""
-    init = f" --init {facts['init']}" if facts["init"] else ""
+    named = facts["init"] and "/" not in facts["init"]
+    start = f" It started from the weights of `{facts['init']}`." if named else (
+        " It went on from shorter runs of this network, which are not kept, so the command below gives the like of it."
+        if facts["init"] else "")
+    init = f" --init {facts['init']}" if named else ""
     return f"""# {name}
 
 A checkpoint of `{system}`, trained for Nexus; {numbers:,} weights in bfloat16 (the moving average of the run).
