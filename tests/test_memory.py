@@ -67,7 +67,8 @@ def test_the_embedded_dit(batch, dtype, measured):
 
 def test_more_of_anything_needs_more(folder):
     model = memory.described(str(folder / "sd"))
-    sizes = [memory.peak(model, Asked(width=w, height=w, batch=b, tile="off")) for w, b in ((256, 1), (512, 1), (512, 4))]
+    sizes = [memory.peak(model, Asked(width=w, height=w, batch=b, tile="off"))
+             for w, b in ((256, 1), (512, 1), (512, 4))]
     assert sizes == sorted(sizes) and len(set(sizes)) == 3
     large = Asked(width=2048, height=2048, tile="off")
 

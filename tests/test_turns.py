@@ -37,7 +37,8 @@ def stored(tmp_path):
 
 def pictures(model, request=None, **settings):
     system = api.load(model, device="cpu", **settings)
-    return system, [item.image for item in api.sample(system, request or SampleRequest(), seeds=[3, 4, 5], batch_size=2)]
+    made = api.sample(system, request or SampleRequest(), seeds=[3, 4, 5], batch_size=2)
+    return system, [item.image for item in made]
 
 
 def in_memory(system, part):

@@ -115,9 +115,11 @@ def test_what_the_model_needs_more_goes_to_the_wider_side(picture):
     assert (mask[0, :, 0] == 0).nonzero()[0].tolist() == list(range(6, 22))
 
 
-@pytest.mark.parametrize("name, preset, prompt", [("ddpm", "tiny", None), ("dit", "tiny", "cat"), ("flow", "tiny", "cat"),
-                                                  ("mmdit", "tiny", "cat"), ("conditional", "inpaint-tiny", "cat"),
-                                                  ("consistency", "tiny", None)])
+KINDS = [("ddpm", "tiny", None), ("dit", "tiny", "cat"), ("flow", "tiny", "cat"), ("mmdit", "tiny", "cat"),
+         ("conditional", "inpaint-tiny", "cat"), ("consistency", "tiny", None)]
+
+
+@pytest.mark.parametrize("name, preset, prompt", KINDS)
 def test_the_users_pixels_stay_as_they_are(name, preset, prompt, picture):
     image, pixels = picture()
     out = made(system(name, preset), seeds=(0, 1), image=image, outpaint="4,0,25%,4", prompt=prompt)
