@@ -86,9 +86,9 @@ def sample(system: str | torch.nn.Module, request: SampleRequest, *, seeds: list
     """Pictures as they are made, one a seed; picture i is the same whatever the batch size.
 
     system: a catalog name (with `model`, or its embedded checkpoint; offload and tile as of `load`) or a loaded system.
-    progress(done, total) counts
-    sampling steps over all batches; True shows a bar on stderr. An out-of-memory batch is tried once more at half its
-    size. preview(media) sees a batch in the making, decoded after every preview_every-th step and the last one.
+    progress(done, total) counts sampling steps over all batches; True shows a bar on stderr. An out-of-memory batch is
+    tried once more at half its size. preview(media) sees a batch in the making, decoded after every preview_every-th
+    step and the last one.
     """
     if isinstance(system, str):
         catalog.entry(system)

@@ -321,3 +321,10 @@ def _free(path: Path) -> int:
         with contextlib.suppress(OSError):
             return shutil.disk_usage(folder).free
     return 0
+
+
+def cache_folder(name: str) -> Path:
+    """Where what can be made anew is kept: $NEXUS_HOME/cache/NAME, or below the platform's cache folder."""
+    from platformdirs import user_cache_path
+    home = os.environ.get("NEXUS_HOME")
+    return (Path(home) / "cache" if home else user_cache_path("nexus")) / name

@@ -51,9 +51,15 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
 def tensor_bytes(tensors: dict[str, Tensor], description: dict | None = None) -> bytes:
     """A safetensors file in memory, with the description in its metadata; equal input gives equal bytes."""
     state = {name: t.detach().to("cpu").contiguous() for name, t in sorted(tensors.items())}
-    if bad := [n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all()]:
-        raise ModelError(f"{bad[0]} has a value that is not finite; it was not saved")
+    for name, tensor in state.items():
+        check_finite(name, tensor)
     return to_bytes(state, {"nexus": json.dumps(description, sort_keys=True)} if description else None)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """ModelError for a tensor with a NaN or an infinity, which no model is saved with."""
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise ModelError(f"{name} has a value that is not finite; it was not saved")
 
 
 def write_folder(path: Path, files: Mapping[str, bytes | Callable[[Any], Any]], facts: dict, *,

@@ -135,10 +135,11 @@ def encode(array: np.ndarray, form: str, record: dict | None = None) -> bytes:
     """The bytes of a picture file: form is "PNG", "JPEG", "WEBP" or "GIF"; uint8 [H, W, C]."""
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3) or 0 in array.shape:
         raise UsageError(f"a picture is uint8 [H, W, 1 or 3], not {array.dtype} {list(array.shape)}")
-    import imageio.v3 as iio  # a tenth of a second, which reading does without
-    pixels = array[:, :, 0] if array.shape[2] == 1 else array
+    image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
     stored = {} if record is None else _inside(form, record)
-    return iio.imwrite("<bytes>", pixels, plugin="pillow", extension=f".{form.lower()}", **_settings(form), **stored)
+    file = io.BytesIO()
+    image.save(file, form, **_settings(form), **stored)
+    return file.getvalue()
 
 
 def _settings(form: str) -> dict:

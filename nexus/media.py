@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 class Media(NamedTuple):
     """kind "image": data [N, C, H, W] float in [-1, 1], C = 1 or 3; of walks [N, K, C, H, W].
 
+    kind "audio": data [N, C, T] float in [-1, 1], C = 1 or 2, T samples at `rate` a second.
     notes: one dict an item, of what was decided on the way (the class a prompt was matched to); goes to the metadata.
     """
 
     kind: str
     data: Any
     notes: tuple[dict, ...] = ()
+    rate: int = 0
 
 
 def to_uint8(data: Any) -> Any:

@@ -1,8 +1,9 @@
 """What a sampling run needs in memory, from a model's configuration and its files' headers; without torch.
 
-An estimate, made to be within about a quarter of the truth; docs/design.md has what was measured beside it.
+An estimate, made to be within about a quarter of the truth.
 """
 
+import math
 import os
 import shutil
 import subprocess
@@ -96,17 +97,10 @@ def _tensors(path: Path) -> dict[str, Held]:
 
 
 def _part(name: str, tensors: dict[str, Held]) -> Part:
-    sizes = [_count(t.shape) for t in tensors.values()]
+    sizes = [math.prod(t.shape) for t in tensors.values()]
     kinds = sorted({t.dtype for t in tensors.values() if t.dtype in SIZES})
     return Part(name, "+".join(kinds), sum(sizes), max(sizes, default=0),
-                sum(_count(t.shape) * SIZES.get(t.dtype, 4) for t in tensors.values()))
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total
+                sum(math.prod(t.shape) * SIZES.get(t.dtype, 4) for t in tensors.values()))
 
 
 def _encoders(names: tuple[str, ...], base: Path) -> Part:

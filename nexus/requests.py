@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ SAMPLERS = ("ddpm", "ddim", "euler", "euler-a", "heun", "midpoint", "rk4", "dopr
 GUIDANCE_KINDS = ("cfg", "cfg-zero", "apg", "pag", "slg", "autoguidance", "classifier")
 NEEDS_KIND = {"guide_model": ("autoguidance", "classifier"), "apg": ("apg",), "perturb_layers": ("pag", "slg"),
               "perturb_scale": ("pag", "slg"), "zero_init": ("cfg-zero",)}
+ONE_STEP = "this model makes a picture in one step, there is nothing to set"
 _MARGIN = re.compile(r"[0-9]{1,5}|[0-9]{1,3}(\.[0-9]{1,3})?%", re.ASCII)
 SCHEDULES = ("native", "linear", "karras", "exponential", "log-snr", "shifted")
 
@@ -54,6 +55,13 @@ class SampleRequest(Config):
     control_image: str | None = None                        # a file: what the ControlNet is shown, as it is
     control_scale: float | None = Field(None, ge=0, le=10)
     lora: tuple[str, ...] | None = None                     # FILE or FILE:WEIGHT each
+    duration: float | None = Field(None, gt=0, le=3600)     # seconds of sound
+    temperature: float | None = Field(None, ge=0, le=100)   # of drawn tokens; 0 = the likeliest
+    top_k: int | None = Field(None, ge=0, le=65_536)        # draw among so many tokens; 0 = all
+    top_p: float | None = Field(None, ge=0, le=1)           # draw among the likeliest of this share; 0 = off
+    guidance_style: float | None = Field(None, ge=0, le=1000)       # the outer scale of double guidance
+    melody: str | None = None                               # a sound file whose chroma is followed
+    continued: str | None = None                            # a sound file that is gone on with
     embedding: tuple[str, ...] | None = None                # textual inversion: FILE or FILE:WORD each
 
     @field_validator("outpaint", mode="before")
@@ -106,6 +114,14 @@ def named_file(text: str) -> tuple[str, str]:
     """FILE or FILE:WORD -> the file, and the word that it is called by in prompts, "" where none is given."""
     name, mark, word = text.rpartition(":")
     return (name, word) if mark and not Path(text).exists() else (text, "")
+
+
+def refuse(request: SampleRequest, takes: Collection[str], why: str) -> None:
+    """UsageError naming the flag of a setting that is given but not among those a model takes; why: of the model."""
+    for name, field in SampleRequest.model_fields.items():
+        if name not in takes and getattr(request, name) != field.get_default(call_default_factory=True):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag}: {why}", hint=f"leave {flag} out")
 
 
 def check_guidance(given: Mapping) -> None:

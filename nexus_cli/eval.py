@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from nexus.atomic import check_target, write_text
+from nexus.data.spec import SETS
 from nexus.errors import InputError, ModelError
 from nexus_cli import options, parse
 from nexus_cli.options import option
@@ -54,7 +55,7 @@ def evaluate(
     if samples is not None and not samples.is_dir():
         raise InputError(f"--samples: there is no folder '{samples}'", hint="check the path")
     if data is not None and "/" in data and not os.path.exists(os.path.expanduser(data)):
-        raise InputError(f"there is no data '{data}'", hint="emoji, mnist, a folder of pictures, or .tar files")
+        raise InputError(f"there is no data '{data}'", hint=SETS)
     if "/" in what and not os.path.exists(what):
         raise ModelError(f"there is no model and no folder '{what}'", hint="'nexus models' lists names")
     if output is not None:

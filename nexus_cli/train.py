@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from nexus.atomic import check_target
-from nexus.data.spec import is_embedded, split_spec
+from nexus.data.spec import SETS, is_embedded, split_spec
 from nexus.errors import InputError, ModelError, OutputError
 from nexus_cli import options, parse
 from nexus_cli.options import option
@@ -17,7 +17,7 @@ HOW, RUN, SCREEN = "How to train", "The run", "Screen and machine"
 def train(
     system: options.SystemArg,
     data: Annotated[str, option("--data", "-d", metavar="DATA", show_default=False,
-                                help="emoji, mnist, a folder of pictures, or .tar files; A,B of two kinds.")],
+                                help=f"{SETS}; A,B of two kinds.")],
     run: Annotated[Path, option("--run", "-r", metavar="FOLDER", show_default=False,
                                 help="The folder of this run; if it holds one, that goes on.")],
     preset: Annotated[str | None, option("--preset", metavar="NAME", show_default=False,
@@ -104,7 +104,7 @@ def _check_files(data: str, run: Path, config: Path | None, init: str | None) ->
     """Every path is there, or can be written, before torch is imported."""
     for part in split_spec(data):
         if not is_embedded(part) and not os.path.exists(os.path.expanduser(part)) and not set(part) & set("*?["):
-            raise InputError(f"there is no data '{part}'", hint="emoji, mnist, a folder of pictures, or .tar files")
+            raise InputError(f"there is no data '{part}'", hint=SETS)
     if config is not None and not config.is_file():
         raise InputError(f"there is no settings file '{config}'", hint="a .toml or .json file")
     if init is not None and "/" in init and not os.path.exists(init):

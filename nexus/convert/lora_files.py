@@ -6,6 +6,7 @@ the file's metadata; before 2023 NAME.processor.to_q_lora.down.weight. kohya: lo
 .lora_down.weight, .lora_up.weight and .alpha.
 """
 
+import io
 import json
 import math
 import re
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from nexus import checkpoint
+from nexus.convert import stream
 from nexus.convert.detect import Source, opened, read
 from nexus.errors import ModelError
 
@@ -147,18 +148,9 @@ def file_of(updates: Iterable[Update], form: str, *, prefix: str = "unet") -> by
     if form == "diffusers":
         said = adapter_settings(updates)
         metadata[METADATA] = json.dumps({f"{prefix}.{k}": v for k, v in said.items()}, sort_keys=True)
-    state = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in state.items()}
-    return _in_order(to_bytes(state, metadata))
-
-
-def _in_order(data: bytes) -> bytes:
-    """The same file with its metadata sorted, which safetensors writes in an order that differs from run to run."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:8 + length])
-    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + length:]
+    file = io.BytesIO()         # not the library's writer, whose metadata's order differs from run to run
+    stream.write_tensors(file, stream.ready({k: t.detach().cpu() for k, t in state.items()}), metadata)
+    return file.getvalue()
 
 
 def adapter_settings(updates: list[Update]) -> dict:

@@ -14,7 +14,7 @@ from nexus.nn.lora import LoRAConfig, bake
 
 # What a student of another system takes over from its base (LCM-LoRA: Luo et al. 2023, arXiv:2311.05556).
 SHARED = ("net", "codec", "conditioner", "prediction", "path", "learned_variance", "size", "concat")
-VISITED = ("spacing", "offset", "ends_at_first")    # which times of a chain are sampled: a student has its own
+VISITED = ("spacing", "offset", "open_end", "ends_at_first")    # the times a student visits are its own
 
 
 def base_of(system: str, given: str | None) -> dict:
@@ -33,9 +33,11 @@ def base_of(system: str, given: str | None) -> dict:
 
 def digest(path: Path) -> str:
     """The sha256 of a model's tensors on disk."""
-    files = [path] if path.is_file() else [f for n in ("ema", "model") if (f := path / f"{n}.safetensors").is_file()]
-    with open(files[0], "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    total = hashlib.sha256()
+    for file in checkpoint.weight_files(path, "ema") or checkpoint.weight_files(path):
+        with open(file, "rb") as stream:
+            hashlib.file_digest(stream, lambda: total)
+    return total.hexdigest()
 
 
 def base_config(system: str, base: dict) -> dict:

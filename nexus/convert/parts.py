@@ -1,6 +1,5 @@
 """What conversions of whole pipelines share: what one is made of, and folders of text encoders beside its networks."""
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 from nexus.codecs.kl_image import KLConfig
 from nexus.config import Config
 from nexus.convert import stream
-from nexus.convert.detect import opened
+from nexus.convert.detect import json_of, opened
 from nexus.convert.export import FORMAT, as_json
 from nexus.convert.layout import Layout
 from nexus.convert.pieces import Piece, tensors_of
@@ -41,17 +40,6 @@ class Whole(NamedTuple):
 def fitted(net: Config, picture: KLConfig) -> Config:
     """A network that is told a picture's size, told how many pixels a latent position of this codec has."""
     return net.model_copy(update={"pixels": picture.factor}) if "pixels" in type(net).model_fields else net
-
-
-def json_of(path: Path) -> dict:
-    """A JSON object, or ModelError."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is missing or damaged: {error}", hint="fetch it again") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} is damaged: not a JSON object", hint="fetch it again")
-    return found
 
 
 def named(layouts: tuple[Layout, ...], name: str) -> Layout:

@@ -140,8 +140,8 @@ def write_tensors(file, tensors: Tensors, metadata: dict[str, str], *, finite: b
     file.write(len(text).to_bytes(8, "little") + text)
     for name in order:
         tensor = tensors[name].make().detach()
-        if finite and tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ModelError(f"{name} has a value that is not finite; it was not saved")
+        if finite:
+            checkpoint.check_finite(name, tensor)
         if tensor.numel():
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         del tensor                                      # it may keep a mapped file open that is to be closed

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from nexus.data.spec import SETS
 from nexus.errors import InputError
 
 # Looked at; those after .tiff only so that `skipped` says that they are not read.
@@ -52,7 +53,7 @@ def find(spec: str) -> tuple[list[Picture], list[tuple[str, str]]]:
         for tar in tars:
             _describe(_members(tar, skipped), os.path.basename(tar) + ":", pictures, skipped)
     else:
-        raise InputError(f"data {spec!r} does not exist, expected emoji, mnist, a folder or a .tar",
+        raise InputError(f"data {spec!r} does not exist, expected {SETS}",
                          hint="check the spelling; a path is relative to the current directory")
     return pictures, skipped
 

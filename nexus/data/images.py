@@ -25,7 +25,8 @@ from nexus.data.split import PAIR_SHARE, fraction, held_out
 from nexus.errors import InputError, UsageError
 
 SPLITS = ("train", "pair", "concept", "all")
-STYLES = ("noto", "twemoji", "flat", "3d")
+STYLES = ("noto", "twemoji", "flat", "3d")  # of "emoji"; "emoji:outline" has to be asked for
+GROUPS = "-groups"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 # PIL reads dozens of formats; the parsers of the rare ones are attack surface.
@@ -112,7 +113,8 @@ def open_images(spec: str, *, size: int | None = None, channels: int | None = No
                 split: str = "train") -> ImageSet:
     """Opens "emoji", "mnist", a folder, or a .tar (or a glob of them) as pictures of size x size pixels.
 
-    "emoji:noto+flat" are those of some styles alone; "emoji" are those of STYLES.
+    "emoji:noto+flat" are those of some styles alone; "emoji" are those of STYLES. "emoji-groups" are the same
+    pictures, whose class is the group ("food and drink") and not the concept.
 
     Without `size` and `channels`: as packed (emoji 64 RGB, mnist 28 grey), else 64 RGB. Raises UsageError for
     a bad option, InputError when there is nothing to read; single bad pictures land in `.skipped` instead.
@@ -130,21 +132,22 @@ def open_images(spec: str, *, size: int | None = None, channels: int | None = No
 
 
 def _open_embedded(name: str, size: int | None, channels: int | None, split: str, wanted: tuple[str, ...]) -> ImageSet:
-    pictures, items = shards.read(name)
+    pictures, items = shards.read(name.removesuffix(GROUPS))
     if unknown := set(wanted) - {item.get("style") for item in items}:
         raise InputError(f"{name} has no style {min(unknown)!r}",
                          hint="styles: " + (", ".join(sorted({i["style"] for i in items if "style" in i})) or "none"))
-    if name == "emoji":
+    if name != "mnist":
         styles, pad = wanted or STYLES, 255
         part = [held_out(i["caption"], i["style"]) if i["style"] in styles else "" for i in items]
-        classes = tuple(sorted({item["caption"] for item, p in zip(items, part) if p}))
+        group = shards.groups() if name.endswith(GROUPS) else {}
+        classes = tuple(sorted({group.get(item["caption"], item["caption"]) for item, p in zip(items, part) if p}))
     else:
         part = ["pair" if item["split"] == "test" else "train" for item in items]
-        classes, styles, pad = DIGITS, ("",), 0
+        group, classes, styles, pad = {}, DIGITS, ("",), 0
     chosen = [i for i, p in enumerate(part) if p and split in (p, "all")]
     if not chosen:
         raise InputError(f"{name} has no {split!r} split", hint="use train, pair or all")
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(group, sort_keys=True).encode() if group else b"")
     for i in chosen:
         digest.update(json.dumps(items[i], sort_keys=True).encode() + pictures[i].tobytes())
     size, channels = size or pictures.shape[1], channels or pictures.shape[3]
@@ -152,7 +155,7 @@ def _open_embedded(name: str, size: int | None, channels: int | None, split: str
     if (size, channels) != (pictures.shape[1], pictures.shape[3]):
         kept = np.stack([_fit(Image.fromarray(x.squeeze()), size, channels) for x in kept])
     captions = [items[i]["caption"] for i in chosen]
-    labels = _positions(captions, classes)
+    labels = _positions([group.get(caption, caption) for caption in captions], classes)
     style_ids = _positions([items[i].get("style", "") for i in chosen], styles)
     facts = Facts(classes, styles, size, channels, len(chosen), digest.hexdigest())
     return ImageSet(facts, captions, labels, style_ids, kept.__getitem__, names=captions, pad=pad)

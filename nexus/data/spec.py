@@ -4,7 +4,8 @@ import os
 
 from nexus.errors import UsageError
 
-EMBEDDED = ("emoji", "mnist")
+EMBEDDED = ("emoji", "emoji-groups", "mnist")
+SETS = ", ".join(EMBEDDED) + ", a folder of pictures, or .tar files"
 
 
 def split_spec(text: str) -> tuple[str, ...]:

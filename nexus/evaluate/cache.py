@@ -1,23 +1,14 @@
 """What is dear to compute and a pure function of its input, kept in the user's cache folder."""
 
 import contextlib
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from platformdirs import user_cache_path
 from torch import Tensor
 
-from nexus.atomic import write_bytes
+from nexus.atomic import cache_folder, write_bytes
 from nexus.checkpoint import read_tensors, tensor_bytes
 from nexus.errors import ModelError, OutputError
-
-
-def folder() -> Path:
-    """$NEXUS_HOME/cache, or the platform's cache folder."""
-    home = os.environ.get("NEXUS_HOME")
-    return (Path(home) / "cache" if home else user_cache_path("nexus")) / "evaluate"
 
 
 def kept(name: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Tensor:
@@ -25,7 +16,7 @@ def kept(name: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Tenso
 
     A damaged or misshapen file is made anew; a folder that cannot be written costs the time, not the result.
     """
-    path = folder() / f"{name}.safetensors"
+    path = cache_folder("evaluate") / f"{name}.safetensors"
     with contextlib.suppress(ModelError, KeyError):
         value = read_tensors(path)["value"]
         if tuple(value.shape) == shape:

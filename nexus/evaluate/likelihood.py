@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus.errors import ModelError
-from nexus.evaluate.pictures import psnr, ssim
+from nexus.evaluate.pictures import psnr, ssim, whole
 from nexus.rng import generator
 
 
@@ -45,7 +45,7 @@ def reconstruction(system: nn.Module, batches: Iterable[dict], *, seed: int,
     weight, done, columns = next(system.parameters()), 0, {}
     for batch in batches:
         x = batch["image"].to(weight)
-        before, after = (_bytes(pictures) for pictures in (x, own.rebuild(system, x)))
+        before, after = (whole(pictures) for pictures in (x, own.rebuild(system, x)))
         rebuilt(after.byte().movedim(1, -1).numpy())
         found = {"psnr": psnr(before, after), "ssim": ssim(before, after)}
         per_bit = math.log(2) * math.prod(x.shape[1:])
@@ -57,8 +57,3 @@ def reconstruction(system: nn.Module, batches: Iterable[dict], *, seed: int,
         done += len(x)
         watch(done)
     return {name: torch.cat(values) for name, values in columns.items()}
-
-
-def _bytes(x: Tensor) -> Tensor:
-    """[-1, 1] -> whole numbers from 0 to 255, on the CPU."""
-    return ((x.float().cpu().clamp(-1, 1) + 1) * 127.5).round()

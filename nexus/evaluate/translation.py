@@ -12,7 +12,7 @@ from nexus.data.spec import split_spec
 from nexus.errors import UsageError
 from nexus.evaluate.bootstrap import DRAWS, mean_interval
 from nexus.evaluate.judge import order
-from nexus.evaluate.pictures import psnr, ssim
+from nexus.evaluate.pictures import psnr, ssim, whole
 
 Numbers = dict[str, dict[str, float]]
 
@@ -29,10 +29,21 @@ def pairs(data: str, split: str, **options) -> tuple[ImageSet, ImageSet, list[tu
     return a, b, counterparts(a, b, data)
 
 
+def grey(x: Tensor) -> Tensor:
+    """Pictures [B, C, H, W] without their colours: ITU-R BT.601 luma of three channels, one channel as it is."""
+    if x.shape[1] == 1:
+        return x
+    return (x * x.new_tensor((0.299, 0.587, 0.114)).view(3, 1, 1)).sum(1, keepdim=True).expand_as(x)
+
+
 @torch.inference_mode()
 def measured(system: nn.Module, data: str, *, split: str, count: int, seed: int, batch_size: int,
              watch: Callable[[int, int], Any]) -> tuple[Numbers, dict]:
-    """SSIM and PSNR of translations to counterparts, each way, and of the untouched pictures beside; the protocol."""
+    """SSIM and PSNR of translations to counterparts, each way, beside two baselines; the protocol.
+
+    The baselines are the given picture, untouched and in grey. A model of both ways is also asked to come back: "cycle
+    l1" is the mean absolute difference to the given picture, both in [-1, 1].
+    """
     config = system.config
     a, b, known = pairs(data, split, size=config.image_size, channels=config.image_channels)
     chosen = [known[i] for i in order(len(known), min(count, len(known)), seed)]
@@ -42,16 +53,14 @@ def measured(system: nn.Module, data: str, *, split: str, count: int, seed: int,
         x = {"ab": a.batch(list(rows))["image"], "ba": b.batch(list(others))["image"]}
         for way in system.directions:
             given, right = x[way], x[way[::-1]]
-            made = system.translate(given.to(next(system.parameters())), way).cpu()
-            for name, picture in (("", made), (", untouched", given)):
+            made = system.translate(given.to(next(system.parameters())), way)
+            if len(system.directions) == 2:
+                cycle = (system.translate(made, way[::-1]).cpu() - given).abs().flatten(1).mean(1)
+                found.setdefault(f"cycle l1, {way}", []).append(cycle)
+            for name, picture in (("", made), (", untouched", given), (", grey", grey(given))):
                 for measure, of in (("ssim", ssim), ("psnr (dB)", psnr)):
-                    found.setdefault(f"{measure}, {way}{name}", []).append(of(_bytes(picture), _bytes(right)))
+                    found.setdefault(f"{measure}, {way}{name}", []).append(of(whole(picture), whole(right)))
         watch(start + len(rows), len(chosen))
     facts = {"data": data, "split": split, "pairs": len(chosen), "digests": [a.facts.digest, b.facts.digest],
              "picture_size": a.facts.size, "seed": seed, "interval": f"95 %, bootstrap over pictures, {DRAWS} draws"}
     return {name: mean_interval(torch.cat(values), seed) for name, values in found.items()}, facts
-
-
-def _bytes(x: Tensor) -> Tensor:
-    """[-1, 1] -> whole numbers of [0, 255], as a file would hold them."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round()

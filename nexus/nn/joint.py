@@ -86,21 +86,6 @@ def vector_mlp(dim: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, out), nn.SiLU(), nn.Linear(out, out))
 
 
-def start_as_identity(net: nn.Module) -> None:
-    """Initial weights of an adaLN-Zero transformer: every block is the identity, the output zero. Peebles & Xie 2022.
-
-    `net` has `time` (a TimestepMLP), `adalns()` and `final`.
-    """
-    for module in net.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
-            nn.init.zeros_(module.bias)
-    for layer in (net.time.fc1, net.time.fc2):
-        nn.init.normal_(layer.weight, std=0.02)
-    for layer in (*net.adalns(), net.final):
-        nn.init.zeros_(layer.weight)
-
-
 def needed(cond: dict[str, Tensor] | None, key: str) -> Tensor:
     """cond[key], or InputError."""
     if cond is None or key not in cond:

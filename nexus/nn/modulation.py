@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def plain_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -18,3 +18,26 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """x + gate * branch for x and branch [B, L, D], gate [B, D]."""
     return torch.addcmul(x, gate[:, None], branch)
+
+
+def start_linear(net: nn.Module) -> None:
+    """DiT's initial weights: Xavier in every linear layer, biases 0, embeddings from N(0, 0.02)."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            # A patch convolution is a linear map of flattened patches, and starts as one.
+            nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+
+def start_as_identity(net: nn.Module) -> None:
+    """Initial weights of an adaLN-Zero transformer: every block is the identity, the output zero. Peebles & Xie 2022.
+
+    `net` has `time` (a TimestepMLP), `adalns()` and `final`.
+    """
+    start_linear(net)
+    for layer in (net.time.fc1, net.time.fc2):
+        nn.init.normal_(layer.weight, std=0.02)
+    for layer in (*net.adalns(), net.final):
+        nn.init.zeros_(layer.weight)

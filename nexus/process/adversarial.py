@@ -22,8 +22,8 @@ from nexus.nn.diffaugment import Policy, diff_augment
 from nexus.nn.gan_blocks import frozen
 from nexus.nn.gan_resnet import ResCriticConfig, ResGeneratorConfig
 from nexus.phase import Phase
-from nexus.process.latents import codes, refuse
-from nexus.requests import SampleRequest
+from nexus.process.latents import codes
+from nexus.requests import ONE_STEP, SampleRequest, refuse
 from nexus.rng import generator
 from nexus.text.conditioner import LabelCondConfig, NoCondConfig
 
@@ -166,7 +166,7 @@ class Adversarial(nn.Module):
         """
         if self.conditioner is None and request.prompt is not None:
             raise InputError("this model is unconditional: it takes no prompt", hint="leave --prompt out")
-        refuse(request, self.takes, "this model makes a picture in one step, there is nothing to set")
+        refuse(request, self.takes, ONE_STEP)
         weight = next(self.net.parameters())
         z = codes(request, seeds, self.config.net.latents)
         cond, notes = self._asked(request, seeds, weight.device)
@@ -188,7 +188,7 @@ class Adversarial(nn.Module):
         cond, found = self.conditioner.prompts([request.prompt] * len(seeds), device)
         names, notes = self.conditioner.config, [dict(note) for note in found]
         for key, note, table in (("label", "class", names.classes), ("style", "style", names.styles)):
-            for i, seed in enumerate(seeds if key in cond else ()):
+            for i, seed in enumerate(seeds if key in cond and table else ()):
                 if int(cond[key][i]) == len(table):
                     drawn = int(torch.randint(len(table), (), generator=generator(seed, key)))
                     cond[key][i] = drawn

@@ -1,7 +1,7 @@
 """The shape that DDPM, DiT, Stable Diffusion, FLUX, PixArt and flow matching share: a network on a path."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,14 @@ class CodecConfig(Config):
     net: KLConfig
     weights: str | None = None
 
+    def build(self) -> nn.Module:
+        """The codec, frozen, with its initial weights."""
+        return self.net.build().requires_grad_(False)
+
+    def external(self) -> dict[str, str]:
+        """What the loader attaches in its place."""
+        return {"codec": self.weights} if self.weights else {}
+
 
 SHARED_CODEC = {"net": KLConfig.presets["picture-codec"], "weights": "picture-codec"}
 SHARED_LATENTS = KLConfig.presets["picture-codec"]["latent_channels"]
@@ -55,6 +63,7 @@ class DiffusionConfig(Config):
     (Hang et al. 2023); 0 = off. pairing: how data and noise are matched in a batch. clip: x0 is kept in [-1, 1].
     steps, guidance, sampler, schedule: what sampling does unless the request says otherwise.
     size: side of what the network denoises, in its own pixels, where there is no codec.
+    pools_words: whether the network also reads one vector for the whole caption of the small text encoder.
     guided_channels: guidance acts on the first so many channels only (DiT: 3); None = all.
     concat: a picture as condition (see concat.py): the network's in_channels are then 2 C + 1.
     """
@@ -77,6 +86,7 @@ class DiffusionConfig(Config):
     guided_channels: int | None = None
     sampler: Literal[tuple(samplers.SAMPLERS)] = "ddim"
     schedule: Literal["native", "linear", "karras", "exponential", "log-snr", "shifted"] = "native"
+    pools_words: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _edm_on_its_path(self) -> Self:
@@ -123,7 +133,7 @@ class DiffusionConfig(Config):
         if isinstance(c, LabelCondConfig) and c.classes:
             return {"num_classes": len(c.classes), "num_styles": len(c.styles), "null_class": True}
         if isinstance(c, TextCondConfig):
-            return {"context_dim": c.encoder.dim, "pooled_dim": c.encoder.dim}
+            return {"context_dim": c.encoder.dim} | ({"pooled_dim": c.encoder.dim} if self.pools_words else {})
         return {}
 
     def build(self) -> "Diffusion":
@@ -153,8 +163,8 @@ class Diffusion(nn.Module):
         self.config = config
         self.net: nn.Module = config.net.build()
         self.conditioner = config.conditioner.build()
-        self.codec = config.codec.net.build().requires_grad_(False) if config.codec else None
-        self.external = {"codec": config.codec.weights} if config.codec and config.codec.weights else {}
+        self.codec = config.codec.build() if config.codec else None
+        self.external = config.codec.external() if config.codec else {}
 
     def phases(self) -> tuple[Phase, ...]:
         """The network, together with a conditioner that has weights."""
@@ -273,15 +283,21 @@ class Diffusion(nn.Module):
             # A chain is published with samplers that begin at plain noise, though its last sigma is a little less.
             scale = 1.0 if isinstance(c.path, DiscretePath) else float(points.sigma[0])
             return Run(noise, points, scale * drawn, None, None, known and (known.mask, known.picture), concat)
-        x0 = self.encode(known.picture).expand(len(seeds), *shape)
+        x0 = self.encode(known.picture)
         usual = DEFAULT_STRENGTH if known.mask is None else 1.0     # a hole is filled from pure noise
         points = self._tail(points, usual if request.strength is None else request.strength)
-        start = x0 if points.steps == 0 else float(points.alpha[0]) * x0 + float(points.sigma[0]) * drawn
+        start = self._start(points, x0, drawn, known.mask is not None)
         if known.mask is None or concat is not None:        # a network that sees the mask needs no help at each step
             pixels = None if known.mask is None else (known.mask, known.picture)
             return Run(noise, points, start, None, None, pixels, concat)
         small = F.adaptive_max_pool2d(known.mask.float(), shape[1:]).bool()
-        return Run(noise, points, start, small, x0, (known.mask, known.picture))
+        return Run(noise, points, start, small, x0.expand_as(drawn), (known.mask, known.picture))
+
+    def _start(self, points: Grid, x0: Tensor, drawn: Tensor, masked: bool) -> Tensor:
+        """Where a run [N, C, H, W] begins that changes a picture x0 [1, C, H, W]; masked: or a part of it."""
+        if points.steps == 0:
+            return x0.expand_as(drawn)
+        return float(points.alpha[0]) * x0 + float(points.sigma[0]) * drawn
 
     def _tail(self, points: Grid, strength: float) -> Grid:
         """The part of a run that starts from a picture."""

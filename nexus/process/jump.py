@@ -8,13 +8,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from nexus.errors import InputError, UsageError
+from nexus.errors import UsageError
 from nexus.phase import Phase
 from nexus.process.consistency import DISTANCES, multistep, replayed
 from nexus.process.diffusion import Diffusion, DiffusionConfig, Run
 from nexus.process.predictions import clipped
 from nexus.process.schedules import Grid, grid, tail
-from nexus.requests import SampleRequest
+from nexus.process.steer import check_class
+from nexus.requests import SampleRequest, refuse
 from nexus.text.conditioner import Cond, dropped
 
 # What a request may set; the path refuses every schedule but its own.
@@ -126,8 +127,7 @@ class Consistency(Diffusion):
         """jump(x, t), told the scale of guidance where the network has learned it; and each item's notes."""
         _refuse(request, self._guides())
         c, cond, notes = self.config, None, ()
-        if request.prompt is None and getattr(c.net, "num_classes", 0) and not c.net.null_class:
-            raise InputError("this model makes one of its classes, and none was named", hint="add --prompt NAME")
+        check_class(c.net, request)
         if self.conditioner is not None:
             cond, notes = self.conditioner.prompts([request.prompt] * n, device)
         if self._guides():
@@ -165,9 +165,6 @@ def null_like(system: Consistency, cond: Cond | None, n: int, device: torch.devi
 
 def _refuse(request: SampleRequest, guides: bool) -> None:
     """UsageError for what steers a sampler of many steps."""
-    for name, field in SampleRequest.model_fields.items():
-        if name not in OPEN and getattr(request, name) != field.get_default():
-            raise UsageError(f"a consistency model jumps: --{name.replace('_', '-')} has nothing to set",
-                             hint="leave it out")
+    refuse(request, OPEN, "a consistency model jumps, there is nothing to set")
     if not guides and request.guidance not in (None, 1):
         raise UsageError("this consistency model has not learned a guidance", hint="leave --guidance out")

@@ -1,7 +1,5 @@
 """Codes of one-step generators: drawn an item, truncated, and walked between."""
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor
 
@@ -48,11 +46,3 @@ def truncated(z: Tensor, limit: float | None) -> Tensor:
     low = torch.special.ndtr(torch.tensor(-limit, dtype=torch.float64))
     share = low + (1 - 2 * low) * torch.special.ndtr(z.double())
     return torch.special.ndtri(share).clamp(-limit, limit).float()
-
-
-def refuse(request: SampleRequest, takes: Collection[str], why: str) -> None:
-    """UsageError naming the flag of a setting that is given but not among those a model takes; why: of the model."""
-    for name, field in SampleRequest.model_fields.items():
-        if name not in takes and getattr(request, name) != field.get_default(call_default_factory=True):
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag}: {why}", hint=f"leave {flag} out")

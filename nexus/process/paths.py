@@ -11,7 +11,7 @@ network_time(t) -> what the network is told.
 
 import math
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,9 @@ from nexus.config import Config
 from nexus.errors import UsageError
 from nexus.process import clocks, edm
 
+_SCALED = {"kind": "discrete", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+           "ends_at_first": True}
+
 
 class DiscretePath(Config):
     """A chain of `steps` small noisings, variance preserving; fractional t interpolates log-SNR. Ho et al. 2020.
@@ -29,6 +32,11 @@ class DiscretePath(Config):
     (Lin et al. 2023); spacing, offset and open_end say which indices a shorter run visits.
     """
 
+    presets: ClassVar[dict[str, dict]] = {
+        # Stable Diffusion visits every (1000 // steps)-th index, counted from 1.
+        "stable-diffusion": _SCALED | {"spacing": "leading", "offset": 1},
+        "stable-diffusion-even": _SCALED | {"spacing": "linspace", "offset": 0},
+    }
     kind: Literal["discrete"] = "discrete"
     steps: int = Field(1000, ge=2)
     beta_schedule: Literal["linear", "scaled_linear", "cosine", "sqrt"] = "linear"

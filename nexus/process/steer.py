@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nexus.errors import UsageError
+from nexus.errors import InputError, UsageError
 from nexus.nn.perturb import Perturb
 from nexus.process import guidance, guidance_kinds
 from nexus.process.predictions import Estimate, clipped, estimator, thresholded, x0_part
@@ -61,6 +61,17 @@ def steered(task: Task) -> tuple[Callable, tuple[dict, ...]]:
     return (clipped(denoise) if c.clip else denoise), sides.notes
 
 
+def always_classed(net) -> bool:
+    """Whether a network always makes one of its classes: its table has no row that means none."""
+    return bool(getattr(net, "num_classes", 0)) and not net.null_class
+
+
+def check_class(net, request: SampleRequest) -> None:
+    """InputError where such a network is given no class."""
+    if always_classed(net) and request.prompt is None:
+        raise InputError("this model makes one of its classes, and none was named", hint="add --prompt NAME")
+
+
 def cached(system, points: Grid, cond: Cond | None) -> dict | None:
     """What a system's network can compute once for all steps of the run."""
     prepare = getattr(system.net, "prepare", None)
@@ -85,6 +96,7 @@ def _sides(task: Task) -> Sides:
     """What the run's kind of guidance needs of the model's own network."""
     system, request, kind = task.system, task.request, task.request.guidance_kind or "cfg"
     cond, notes, other = None, (), None
+    check_class(system.config.net, request)
     if system.conditioner is not None:
         cond, notes = system.conditioner.prompts([request.prompt] * task.n, task.device)
     elif kind == "classifier":
@@ -94,6 +106,9 @@ def _sides(task: Task) -> Sides:
                          hint="pag, slg, autoguidance and classifier guide such a model")
     wanted = kind not in OWN_SCALES and request.prompt is not None and scale_of(system.config, request) != 1
     if wanted and cond is not None:
+        if always_classed(system.config.net) and not request.negative_prompt:
+            raise UsageError(f"--guidance {scale_of(system.config, request):g}: this model has no null class to steer "
+                             "away from", hint="leave it out, or name another class with --negative-prompt")
         other = (system.conditioner.prompts([request.negative_prompt] * task.n, task.device)[0]
                  if request.negative_prompt else system.conditioner.null(task.n, task.device))
     cond, other = beside(cond, task.concat), None if other is None else beside(other, task.concat)

@@ -15,6 +15,8 @@ OVERLAP = 64            # pixels that neighbouring tiles share
 
 TRANSLATES = frozenset({"image", "width", "height", "direction"})      # what a request to a translator may set
 
+ONE_OF_ANOTHER = "this model makes one picture of another"
+
 Translate = Callable[[Tensor], Tensor]
 
 
@@ -24,13 +26,19 @@ def read_source(request: SampleRequest, channels: int) -> Tensor:
     Raises UsageError without a picture, InputError for a file that is none.
     """
     if request.image is None:
-        raise UsageError("this model makes one picture of another", hint="add --image FILE")
+        raise UsageError(ONE_OF_ANOTHER, hint="add --image FILE")
     array = read_image(request.image, mode="L" if channels == 1 else "RGB")
     if request.width or request.height:
         high, wide = array.shape[:2]
         width = request.width or max(1, round(wide * request.height / high))
         array = fitted(array, width, request.height or max(1, round(high * request.width / wide)))
     return torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def check_direction(direction: str, directions: tuple[str, ...]) -> None:
+    """UsageError for a way that the model lacks."""
+    if direction not in directions:
+        raise UsageError(f"--direction {direction}: this model goes one way, from a to b", hint="leave --direction out")
 
 
 def translated(translate: Translate, x: Tensor, multiple: int, *, large: int = LARGE,

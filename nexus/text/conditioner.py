@@ -4,7 +4,7 @@ A Cond is a dict of tensors with the batch first: "label" [B], "style" [B], "con
 "context_mask" [B, L], "pooled" [B, D].
 """
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,10 @@ class LabelConditioner(nn.Module):
 class TextCondConfig(Config):
     """Captions through the small text encoder, trained with the network or taken from another model's checkpoint."""
 
+    presets: ClassVar[dict[str, dict]] = {
+        "tiny": {"kind": "text", "encoder": {"dim": 16, "depth": 1, "buckets": 64}},
+        "emoji": {"kind": "text", "default_style": "noto", "encoder": {"buckets": 1024}},
+    }
     kind: Literal["text"] = "text"
     encoder: TextEncoderConfig = TextEncoderConfig()
     styles: tuple[str, ...] = ()

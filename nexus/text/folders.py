@@ -3,14 +3,11 @@
 import contextlib
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from platformdirs import user_cache_path
-
-from nexus.atomic import write_text
+from nexus.atomic import cache_folder, write_text
 from nexus.errors import ModelError, OutputError
 
 EXTRA = "pip install 'nexus-media[text]'"
@@ -25,12 +22,6 @@ class Place(NamedTuple):
 
     encoder: Path
     tokenizer: Path
-
-
-def cache_folder() -> Path:
-    """$NEXUS_HOME/cache/text, or below the platform's cache folder."""
-    home = os.environ.get("NEXUS_HOME")
-    return (Path(home) / "cache" if home else user_cache_path("nexus")) / "text"
 
 
 def located(name: str, base: Path | None = None) -> Path:
@@ -102,7 +93,7 @@ def _file_digest(file: Path) -> str:
     try:
         facts = file.stat()
         name = hashlib.sha256(json.dumps([str(file.resolve()), facts.st_size, facts.st_mtime_ns]).encode()).hexdigest()
-        known = cache_folder() / "digests" / name
+        known = cache_folder("text") / "digests" / name
         with contextlib.suppress(OSError, UnicodeDecodeError):
             if re.fullmatch(r"[0-9a-f]{64}", found := known.read_text("ascii")):
                 return found

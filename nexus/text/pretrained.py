@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from nexus.atomic import write_bytes
+from nexus.atomic import cache_folder, write_bytes
 from nexus.config import Config
 from nexus.errors import InputError, OutputError
 from nexus.text.conditioner import aligned
-from nexus.text.folders import Place, cache_folder, digest, places
+from nexus.text.folders import Place, digest, places
 from nexus.text.recipes import RECIPES, Encoded, Loaded, load
 from nexus.text.weighting import parse, plain
 
@@ -165,7 +165,7 @@ def _stacked(conds: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _file(key: str) -> Path:
-    return cache_folder() / key[:2] / f"{key}.safetensors"
+    return cache_folder("text") / key[:2] / f"{key}.safetensors"
 
 
 def _read(key: str) -> Encoded | None:

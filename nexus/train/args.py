@@ -44,3 +44,11 @@ class TrainArgs(Config):
     keep: int = Field(2, ge=1)                  # newest checkpoints that stay on disk
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     sharding: Literal["ddp", "fsdp2"] = "ddp"
+
+
+def overridden(config: Config, args: TrainArgs, overrides: list[str],
+               flags: dict | None = None) -> tuple[Config, TrainArgs]:
+    """A system's Config and arguments changed by KEY=VALUE of the system and train.KEY=VALUE, then by flags."""
+    mine = [text.removeprefix("train.") for text in overrides if text.startswith("train.")]
+    config = config.override([text for text in overrides if not text.startswith("train.")])
+    return config, TrainArgs.parse(args.override(mine).to_json() | (flags or {}))

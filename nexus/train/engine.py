@@ -124,8 +124,10 @@ def _step(state: TrainState, hooks: Hooks, world: World, device: torch.device) -
                 return None
         label = "" if len(state.phases) == 1 else f"{phase.name}."
         row |= {label + name: value for name, value in values.items()}
-    for ema in (*state.profiles.values(), *([state.ema] if state.ema else [])):
-        ema.update(released_state(state.system), state.step + 1)
+    averages = [*state.profiles.values(), *([state.ema] if state.ema else [])]
+    tensors = released_state(state.system) if averages else {}
+    for ema in averages:
+        ema.update(tensors, state.step + 1)
     return row
 
 

@@ -9,7 +9,7 @@ from nexus.config import Config
 from nexus.convert.lora_run import base_config, base_of, dressed, fill_base
 from nexus.errors import UsageError
 from nexus.nn.lora import LoRAConfig
-from nexus.train.args import TrainArgs
+from nexus.train.args import TrainArgs, overridden
 
 RECIPE = {"steps": 1000, "batch_size": 4, "lr": 1e-4, "ema": 0.0}
 
@@ -34,13 +34,10 @@ def settings(system: str, lora: dict, preset: str | None, file: dict | None, ove
     cls = catalog.config_class(system)
     if preset:
         cls.preset(preset)
-    mine = [o.removeprefix("train.") for o in overrides if o.startswith("train.")]
     file = file or {}
     recipe = RECIPE | (cls.recipes.get(preset, {}) if preset else {})
     args = TrainArgs.parse(recipe | file.get("train", {}))
-    config = cls.parse(base_config(system, lora["base"]) | file.get("config", {}))
-    config = config.override([o for o in overrides if not o.startswith("train.")])
-    return config, TrainArgs.parse(args.override(mine).to_json() | flags)
+    return overridden(cls.parse(base_config(system, lora["base"]) | file.get("config", {})), args, overrides, flags)
 
 
 def begin(built: torch.nn.Module, system: str, lora: dict, run: Path, sharding: str) -> str:

@@ -20,7 +20,7 @@ from nexus.errors import InputError, UsageError
 from nexus.nn.lora import LoRAConfig
 from nexus.train import lora as loras
 from nexus.train import run as runs
-from nexus.train.args import TrainArgs
+from nexus.train.args import TrainArgs, overridden
 from nexus.train.distributed import barrier, join, leave
 from nexus.train.engine import Hooks, autocast, fit, shows
 from nexus.train.pictures import sheet, write_report, write_samples
@@ -44,9 +44,7 @@ def resolve(system: str, *, preset: str | None = None, file: dict | None = None,
         raise InputError(f"the settings file has an unknown section '{min(surplus)}'", hint="sections: config, train")
     fields = cls.preset(name).to_json() | file.get("config", {})
     args = TrainArgs.parse({**cls.recipes.get(name, {}), **file.get("train", {})})
-    mine = [o.removeprefix("train.") for o in overrides if o.startswith("train.")]
-    config = cls.parse(fields).override([o for o in overrides if not o.startswith("train.")])
-    return config, TrainArgs.parse(args.override(mine).to_json() | (flags or {}))
+    return overridden(cls.parse(fields), args, overrides, flags)
 
 
 def _resumed(run: Path, system: str, data: str, preset: str | None, file: dict, overrides: list[str],
@@ -60,10 +58,8 @@ def _resumed(run: Path, system: str, data: str, preset: str | None, file: dict, 
                          hint="choose another --run")
     cls = catalog.config_class(system)
     base = cls.preset(preset).to_json() if preset else stored["config"]
-    mine = [o.removeprefix("train.") for o in overrides if o.startswith("train.")]
     args = TrainArgs.parse(stored["train"] | file.get("train", {}))
-    config = cls.parse(base | file.get("config", {})).override([o for o in overrides if not o.startswith("train.")])
-    return config, TrainArgs.parse(args.override(mine).to_json() | flags)
+    return overridden(cls.parse(base | file.get("config", {})), args, overrides, flags)
 
 
 def _check_same(run: Path, config: Config, args: TrainArgs, init: str | None, digest: str) -> str | None:

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+
+from tests.drawn import drawn
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -81,11 +81,7 @@ def warm(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """A folder of 12 small pictures."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(12):
-        array = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(array).save(folder / f"{i}.png")
-    return folder
+    return drawn(tmp_path_factory.mktemp("pictures"), [""], count=12, side=16)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,8 @@ def runs(warm, tmp_path_factory):
 
 def test_a_walk_is_a_sheet_or_a_film(warm, runs):
     for name in ("walk.png", "walk.mp4"):
-        done = warm("sample", "gan", "-m", "gan", "-s", 3, "--interpolate", 5, "--truncation", 0.8, "-o", name, cwd=runs)
+        done = warm("sample", "gan", "-m", "gan", "-s", 3, "--interpolate", 5, "--truncation", 0.8, "-o", name,
+                    cwd=runs)
         assert done.returncode == 0, done.stderr
     assert read_image(runs / "walk.png").shape == (20, 92, 3)
     assert read_record(runs / "walk.png")["interpolate"] == 5

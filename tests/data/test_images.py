@@ -40,15 +40,30 @@ def test_counts_per_style(emoji):
     assert len(emoji.facts.classes) == 1688 and list(emoji.facts.classes) == sorted(set(emoji.captions))
 
 
+def test_groups_are_classes_of_the_same_pictures(emoji):
+    groups = open_images("emoji-groups", split="all")
+    assert len(groups.facts.classes) == 9 and "food and drink" in groups.facts.classes
+    assert groups.captions == emoji.captions and (groups.get(7) == emoji.get(7)).all()
+    assert groups.facts.digest != emoji.facts.digest
+    of = {caption: groups.facts.classes[label] for caption, label in zip(groups.captions, groups.labels, strict=True)}
+    assert (of["pizza"], of["cat face"], of["rocket"]) == ("food and drink", "animals and nature", "travel and places")
+
+
+def test_outlines_go_with_flat_ones_and_are_not_among_the_emoji(emoji):
+    outline = open_images("emoji:outline", split="all")
+    assert len(outline) == 1590 and set(outline.captions) == set(open_images("emoji:flat", split="all").captions)
+    assert "outline" not in emoji.facts.styles
+
+
 def test_most_concepts_exist_in_every_style(emoji):
     assert Counter(Counter(emoji.labels.tolist()).values())[4] == 1586
-    assert len(set(zip(emoji.captions, emoji.style_ids.tolist()))) == 6538
+    assert len(set(zip(emoji.captions, emoji.style_ids.tolist(), strict=True))) == 6538
 
 
 def test_shards_match_the_data_card():
     card = (shards.FOLDER / "README.md").read_text()
     tars = sorted(shards.FOLDER.glob("*.tar"))
-    assert len(tars) == 6
+    assert len(tars) == 7
     for tar in tars:
         assert f"{hashlib.sha256(tar.read_bytes()).hexdigest()}  {tar.name}\n" in card
         assert tar.stat().st_size <= 12 * 2**20
@@ -67,12 +82,12 @@ def test_splits_partition_the_emoji(emoji):
     parts = {split: open_images("emoji", split=split) for split in ("train", "pair", "concept")}
     seen = Counter()
     for split, part in parts.items():
-        pairs = [(c, STYLES[s]) for c, s in zip(part.captions, part.style_ids)]
+        pairs = [(c, STYLES[s]) for c, s in zip(part.captions, part.style_ids, strict=True)]
         assert {held_out(*pair) for pair in pairs} == {split}
         assert part.facts.classes == emoji.facts.classes
         assert [part.facts.classes[i] for i in part.labels] == part.captions
         seen.update(pairs)
-    assert seen == Counter((c, STYLES[s]) for c, s in zip(emoji.captions, emoji.style_ids))
+    assert seen == Counter((c, STYLES[s]) for c, s in zip(emoji.captions, emoji.style_ids, strict=True))
     assert not set(parts["train"].captions) & set(parts["concept"].captions)
 
 

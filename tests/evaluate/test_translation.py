@@ -7,12 +7,12 @@ from torch import nn
 from nexus.data.images import DIGITS, open_images
 from nexus.errors import InputError, ModelError, UsageError
 from nexus.evaluate import classify
-from nexus.evaluate.translation import measured, pairs
+from nexus.evaluate.translation import grey, measured, pairs
 from nexus.models.gan.cycle_gan import CycleGANConfig
 
 
 class Known(nn.Module):
-    """Answers with the pictures of a list, in turn, or with its input."""
+    """Answers the pictures of one kind with their counterparts of a list [(a, b), ...]; without one, as they are."""
 
     directions = ("ab", "ba")
 
@@ -23,7 +23,10 @@ class Known(nn.Module):
         self.answers = answers
 
     def translate(self, x, direction):
-        return x if self.answers is None else self.answers[direction].pop(0)
+        if self.answers is None:
+            return x
+        return next(both["ab".index(direction[1])] for both in self.answers
+                    if torch.equal(both["ab".index(direction[0])], x))
 
 
 def of(system, **more):
@@ -37,6 +40,7 @@ def test_an_untouched_picture_is_measured_as_itself():
     for way in ("ab", "ba"):
         assert numbers[f"ssim, {way}"] == numbers[f"ssim, {way}, untouched"]
         assert 0 < numbers[f"ssim, {way}"]["value"] < 1
+        assert numbers[f"cycle l1, {way}"]["value"] == 0
     assert numbers["ssim, ab"]["value"] == pytest.approx(numbers["ssim, ba"]["value"])
 
 
@@ -45,10 +49,27 @@ def test_a_perfect_translation_scores_one():
     a, b, known = pairs("emoji:flat|twemoji", "pair", size=64, channels=3)
     chosen = [known[i] for i in order(len(known), 10, 0)]
     assert all(a.captions[i] == b.captions[j] for i, j in chosen)
-    answers = {"ab": [b.batch([j for _, j in chosen[s:s + 5]])["image"] for s in (0, 5)],
-               "ba": [a.batch([i for i, _ in chosen[s:s + 5]])["image"] for s in (0, 5)]}
+    batches = [tuple(zip(*chosen[s:s + 5], strict=True)) for s in (0, 5)]
+    answers = [(a.batch(list(rows))["image"], b.batch(list(others))["image"]) for rows, others in batches]
     numbers, _ = of(Known(answers))
     assert numbers["ssim, ab"]["value"] == pytest.approx(1.0) and numbers["psnr (dB), ba"]["value"] == 100.0
+    assert numbers["cycle l1, ba"]["value"] == 0
+
+
+def test_coming_back_is_measured_in_units_of_the_networks_range():
+    class Lighter(Known):
+        def translate(self, x, direction):
+            return x + 0.25
+    numbers, _ = of(Lighter())
+    assert numbers["cycle l1, ab"]["value"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_the_grey_baseline_is_the_luma_of_the_given_picture():
+    x = torch.tensor([1.0, -1.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 12, 12)
+    assert torch.allclose(grey(x), torch.full((1, 3, 12, 12), 0.299 - 0.587))
+    assert torch.allclose(grey(grey(x)), grey(x)) and torch.equal(grey(x[:, :1]), x[:, :1])
+    numbers, _ = of(Known())
+    assert numbers["ssim, ab, grey"]["value"] != numbers["ssim, ab, untouched"]["value"]
 
 
 def test_data_must_be_two_kinds_with_counterparts(tmp_path):

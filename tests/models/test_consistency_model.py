@@ -5,7 +5,6 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from nexus import checkpoint
 from nexus.errors import InputError, ModelError, StoppedError, UsageError
@@ -15,6 +14,7 @@ from nexus.models.diffusion.lcm import LCMConfig
 from nexus.process.predictions import denoiser, noised
 from nexus.requests import SampleRequest
 from nexus.train.start import train
+from tests.drawn import drawn
 
 FLAGS = {"steps": 3, "batch_size": 4, "save_every": 1, "log_every": 1, "samples": 0}
 CD = {"scales": "fixed", "s0": 40, "levels": "uniform", "target": "fixed", "weighting": "uniform", "distance": "l2"}
@@ -124,12 +124,7 @@ def test_a_student_starts_as_its_teacher():
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(7)
-    for label in ("red ball", "green tree"):
-        (folder / label).mkdir()
-        for i in range(4):
-            Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / label / f"{i}.png")
-    return str(folder)
+    return str(drawn(tmp_path_factory.mktemp("pictures"), ("red ball", "green tree"), count=4, side=16, seed=7))
 
 
 @pytest.fixture(scope="module")

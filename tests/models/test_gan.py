@@ -52,6 +52,11 @@ def test_each_phase_teaches_its_own_network_alone(cls, preset):
         assert any(grads(phase.module)) and not any(grads(other)), phase.name
 
 
+def test_a_conditional_gan_without_classes_yet_makes_pictures():
+    made = built(ConditionalGANConfig.preset("tiny")).eval().generate(SampleRequest(), seeds=[1, 2])
+    assert made.data.shape == (2, 3, 16, 16) and made.notes == ({}, {})
+
+
 def test_the_losses_are_those_of_their_names():
     for name in LOSSES:
         system = built(GANConfig.preset("tiny").model_copy(update={"loss": name}))
@@ -103,7 +108,8 @@ def test_a_wrong_combination_is_refused_by_its_name():
         with pytest.raises(InputError, match=word):
             GANConfig.parse(fields)
     with pytest.raises(InputError, match="patch"):
-        ConditionalGANConfig.parse({"net": {"kind": "unet"}, "critic": {"kind": "dcgan"}, "conditioner": {"kind": "none"}})
+        ConditionalGANConfig.parse({"net": {"kind": "unet"}, "critic": {"kind": "dcgan"},
+                                    "conditioner": {"kind": "none"}})
     with pytest.raises(InputError, match="channels"):
         CycleGANConfig.parse({"net": {"kind": "resnet", "out_channels": 1}})
 

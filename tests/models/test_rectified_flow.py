@@ -26,6 +26,7 @@ from nexus.process.samplers import sample
 from nexus.process.schedules import grid
 from nexus.requests import SampleRequest
 from nexus.train.start import train
+from tests.drawn import drawn
 from tests.exact import mixture_flow
 
 FLAGS = {"steps": 3, "batch_size": 4, "save_every": 1, "log_every": 1, "samples": 0}
@@ -44,12 +45,7 @@ def small_and_on_one_thread():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(3)
-    for label in ("ball", "tree"):
-        (folder / label).mkdir()
-        for i in range(5):
-            Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / label / f"{i}.png")
-    return folder
+    return drawn(tmp_path_factory.mktemp("pictures"), ("ball", "tree"), count=5, side=16, seed=3)
 
 
 @pytest.fixture(scope="module")

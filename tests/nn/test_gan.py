@@ -1,4 +1,4 @@
-"""Blocks of adversarial training: augmentation, the pool, norms, labels, spectral norms, and networks' published shapes."""
+"""Blocks of adversarial training: augmentation, the pool, norms, labels, spectral norms; networks' published shapes."""
 
 import pytest
 import torch
@@ -50,7 +50,8 @@ def test_color_keeps_grey_pictures_grey_and_translation_moves_pixels():
     moved = translation(spot, generator(2, "t"))
     assert moved.flatten(1).sum(1).eq(1).all()
     rows, cols = moved.flatten(1).argmax(1) // 16 - 8, moved.flatten(1).argmax(1) % 16 - 8
-    assert rows.abs().max() == 2 and cols.abs().max() == 2 and len(set(zip(rows.tolist(), cols.tolist(), strict=True))) > 8
+    assert rows.abs().max() == 2 and cols.abs().max() == 2
+    assert len(set(zip(rows.tolist(), cols.tolist(), strict=True))) > 8
 
 
 def test_cutout_takes_at_most_a_quarter():

@@ -9,41 +9,19 @@ from safetensors.torch import load_file
 
 from nexus.convert.keymap import to_foreign, to_native
 from nexus.convert.layouts.dit import LAYOUTS
-from nexus.models.diffusion.dit import DiT, DiTNetConfig
+from nexus.models.diffusion.dit import DiTConfig, DiTNetConfig
+from nexus.requests import SampleRequest
+from tests.parity.whole import assert_close, assert_round_trip, loaded, shapes
 
 ORIGINAL, DIFFUSERS = LAYOUTS
 CASE = Path(os.environ.get("NEXUS_PARITY", Path(__file__).parents[3] / "shared" / "parity")) / "dit-original"
 needs_case = pytest.mark.skipif(not CASE.is_dir(), reason=f"no parity case at {CASE}; set NEXUS_PARITY")
 
 
-def shapes(state):
-    return {key: tuple(tensor.shape) for key, tensor in state.items()}
-
-
-def loaded(layout, state, foreign=None, **said) -> tuple[DiT, dict]:
-    assert [one.name for one in LAYOUTS if one.matches(shapes(state), foreign)] == [layout.name]
-    config = layout.config(shapes(state), foreign)
-    config["net"] |= said
-    rest = {key: tensor for key, tensor in state.items() if key not in layout.constants(config)}
-    net = DiTNetConfig.parse(config["net"]).build().eval()
-    net.load_state_dict(to_native(layout.table(config), rest))
-    return net, config
-
-
-def assert_round_trip(layout, net, config, state):
-    back = to_foreign(layout.table(config), net.state_dict(), copies=layout.copies(config)) | layout.constants(config)
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[key], state[key]) for key in state)
-
-
-def assert_close(ours, reference):
-    assert (ours - reference).abs().max() <= 1e-4 * max(1.0, reference.abs().max())
-
-
 @pytest.fixture(scope="module")
 def case():
     state = torch.load(CASE / "checkpoint.pt", weights_only=True)
-    net, config = loaded(ORIGINAL, state, heads=6)
+    net, config = loaded(LAYOUTS, ORIGINAL, state, DiTNetConfig, heads=6)
     return net, config, state, load_file(CASE / "tensors.safetensors")
 
 
@@ -86,13 +64,31 @@ def test_diffusers_output_and_round_trip():
             module.load_state_dict(reference.transformer_blocks[0].norm1.emb.get_submodule(name).state_dict())
         block.norm1.emb.time_proj.downscale_freq_shift = 0           # the paper's sinusoid: see layouts/dit.py
     state = reference.state_dict()
-    net, config = loaded(DIFFUSERS, state, dict(reference.config))
+    net, config = loaded(LAYOUTS, DIFFUSERS, state, DiTNetConfig, dict(reference.config))
     x, t, label = torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 6, 7])
     with torch.no_grad():
         assert_close(net(x, t.float(), {"label": label}), reference(x, t, class_labels=label).sample)
     assert_round_trip(DIFFUSERS, net, config, state)
     again = diffusers.DiTTransformer2DModel.from_config(DIFFUSERS.foreign_config(config))
     assert shapes(again.state_dict()) == shapes(state)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_classes_go_by_number(layout):
+    torch.manual_seed(0)
+    random = DiTNetConfig(size=4, hidden=32, depth=2, heads=2, num_classes=3).build()
+    for parameter in random.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    config = {"net": random.config.to_json()}
+    state = to_foreign(layout.table(config), random.state_dict(), copies=layout.copies(config))
+    state, said = state | layout.constants(config), layout.foreign_config and layout.foreign_config(config)
+    net, config = loaded(LAYOUTS, layout, state, DiTNetConfig, said, heads=2)
+    assert config["conditioner"]["classes"] == ["0", "1", "2"]
+    system = DiTConfig.parse(config | {"size": 4, "steps": 3}).build().eval()
+    system.net.load_state_dict(net.state_dict())
+    one, two = (system.generate(SampleRequest(prompt=prompt), seeds=[0]) for prompt in ("1", "2"))
+    assert [made.notes[0]["class"] for made in (one, two)] == ["1", "2"]
+    assert one.data.isfinite().all() and not torch.equal(one.data, two.data)
 
 
 def test_the_published_xl_maps_both_ways_on_meta():
@@ -102,6 +98,8 @@ def test_the_published_xl_maps_both_ways_on_meta():
     for layout in LAYOUTS:
         foreign = to_foreign(layout.table(config), net.state_dict(), copies=layout.copies(config))
         said = layout.foreign_config and layout.foreign_config(config)
-        assert layout.config(shapes(foreign | layout.constants(config)), said) == config | {
-            "net": {key: value for key, value in config["net"].items() if key not in ("null_class", "num_styles")}}
+        found = layout.config(shapes(foreign | layout.constants(config)), said)
+        assert found["conditioner"]["classes"] == [str(i) for i in range(1000)]
+        assert found == {"conditioner": found["conditioner"], "net": {
+            key: value for key, value in config["net"].items() if key not in ("null_class", "num_styles")}}
         assert shapes(to_native(layout.table(config), foreign)) == shapes(net.state_dict())

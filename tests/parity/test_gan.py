@@ -16,15 +16,12 @@ from nexus.losses.adversarial import LOSSES
 from nexus.nn.dcgan import DCGeneratorConfig
 from nexus.nn.patch_critic import PatchCritic
 from nexus.nn.translators import ResnetConfig, UNetConfig
+from tests.parity.whole import assert_close
 
 FOLDER = Path(os.environ.get("NEXUS_PARITY", Path(__file__).parents[3] / "shared" / "parity"))
 needs_cases = pytest.mark.skipif(not (FOLDER / "cyclegan-resnet6").is_dir(),
                                  reason=f"no parity cases at {FOLDER}; set NEXUS_PARITY")
 LAYOUTS = {f"{one.system}/{one.name}": one for one in (*cyclegan.LAYOUTS, *dcgan.LAYOUTS)}
-
-
-def assert_close(ours, reference):
-    assert (ours - reference).abs().max() <= 1e-4 * max(1.0, reference.abs().max())
 
 
 def count(net):

@@ -17,6 +17,7 @@ from nexus.convert.layouts.ncsnpp import LAYOUTS
 from nexus.convert.sandbox import copy_tensors
 from nexus.errors import ModelError
 from nexus.models.diffusion.ncsnpp import NCSNpp, NCSNppConfig
+from tests.parity.whole import assert_close, assert_round_trip, shapes
 
 ORIGINAL, = LAYOUTS
 ROOT2 = math.sqrt(2.0)
@@ -41,14 +42,6 @@ def random_net(fields) -> NCSNpp:
         for parameter in net.parameters():
             parameter.normal_(0, 0.15)
     return net
-
-
-def shapes(state):
-    return {key: tuple(tensor.shape) for key, tensor in state.items()}
-
-
-def assert_close(ours, reference):
-    assert (ours - reference).abs().max() <= 1e-4 * max(1.0, reference.abs().max())
 
 
 def sparse(x, gain, *, up=1, down=1, pad):
@@ -200,8 +193,7 @@ def test_shapes_tell_the_architecture_and_the_file_comes_back_byte_for_byte(name
     assert known.items() <= config["net"].items()
     other = NCSNppConfig.parse({**found["net"], **{k: config["net"][k] for k in unsaid if k in config["net"]}}).build()
     other.load_state_dict(to_native(ORIGINAL.table(config), state))
-    again = to_foreign(ORIGINAL.table(config), other.state_dict())
-    assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
+    assert_round_trip(ORIGINAL, other, config, state)
 
 
 def diffusers_rows(levels: int, attention: set[int], blocks: int) -> list[Row]:

@@ -11,9 +11,9 @@ from nexus import checkpoint
 from nexus.convert.convert import convert
 from nexus.convert.keymap import to_foreign, to_native
 from nexus.convert.layouts.pixart import LAYOUTS
-from nexus.models.diffusion.pixart_alpha import PixArt, PixArtConfig, PixArtNetConfig
+from nexus.models.diffusion.pixart_alpha import PixArtConfig, PixArtNetConfig
 from nexus.requests import SampleRequest
-from tests.parity.whole import Given, louder, ours_of, shapes, tiny_codec
+from tests.parity.whole import Given, assert_close, assert_round_trip, loaded, louder, ours_of, shapes, tiny_codec
 
 ORIGINAL, DIFFUSERS = LAYOUTS
 CASE = Path(os.environ.get("NEXUS_PARITY", Path(__file__).parents[3] / "shared" / "parity")) / "pixart-original-a"
@@ -22,30 +22,10 @@ TINY = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "cr
         "caption_channels": 16}
 
 
-def loaded(layout, state, foreign=None, **said) -> tuple[PixArt, dict]:
-    assert [one.name for one in LAYOUTS if one.matches(shapes(state), foreign)] == [layout.name]
-    config = layout.config(shapes(state), foreign)
-    config["net"] |= said
-    rest = {key: tensor for key, tensor in state.items() if key not in layout.constants(config)}
-    net = PixArtNetConfig.parse(config["net"]).build().eval()
-    net.load_state_dict(to_native(layout.table(config), rest))
-    return net, config
-
-
-def assert_round_trip(layout, net, config, state):
-    back = to_foreign(layout.table(config), net.state_dict()) | layout.constants(config)
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[key], state[key]) for key in state)
-
-
-def assert_close(ours, reference):
-    assert (ours - reference).abs().max() <= 1e-4 * max(1.0, reference.abs().max())
-
-
 @pytest.fixture(scope="module")
 def case():
     state = torch.load(CASE / "checkpoint.pt", weights_only=True)["state_dict"]
-    net, config = loaded(ORIGINAL, state, heads=4)
+    net, config = loaded(LAYOUTS, ORIGINAL, state, PixArtNetConfig, heads=4)
     saved = load_file(CASE / "tensors.safetensors")
     saved["cond"] = {"context": saved["y"][:, 0], "context_mask": saved["mask"].bool()}
     return net, config, state, saved
@@ -115,7 +95,7 @@ def test_diffusers_output_and_round_trip(kind, rows, cols):
     torch.manual_seed(0)
     reference = diffusers.PixArtTransformer2DModel(**TINY | kind).eval()
     state = reference.state_dict()
-    net, config = loaded(DIFFUSERS, state, dict(reference.config))
+    net, config = loaded(LAYOUTS, DIFFUSERS, state, PixArtNetConfig, dict(reference.config))
     x, t, context = torch.randn(2, 4, rows, cols), torch.tensor([37, 999]), torch.randn(2, 5, 16)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     cond, added = {"context": context, "context_mask": mask.bool()}, None

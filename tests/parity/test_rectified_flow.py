@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from nexus.convert.keymap import to_foreign, to_native
+from nexus.convert.keymap import to_native
 from nexus.convert.layouts.dit_llama import LAYOUTS
 from nexus.models.diffusion.ncsnpp import NCSNppConfig
 from nexus.models.diffusion.rectified_flow import RectifiedFlow, RectifiedFlowConfig
@@ -18,15 +18,12 @@ from nexus.process.predictions import denoiser, noised
 from nexus.process.rectified import StraightPath, euler_sde
 from nexus.process.samplers import sample
 from nexus.process.schedules import grid
+from tests.parity.whole import assert_close, assert_round_trip, shapes
 
 MINRF, = LAYOUTS
 FOLDER = Path(os.environ.get("NEXUS_PARITY", Path(__file__).parents[3] / "shared" / "parity"))
 needs_cases = pytest.mark.skipif(not (FOLDER / "minrf-dit").is_dir(),
                                  reason=f"no parity cases at {FOLDER}; set NEXUS_PARITY")
-
-
-def assert_close(ours, reference):
-    assert (ours - reference).abs().max() <= 1e-4 * max(1.0, reference.abs().max())
 
 
 def read(name):
@@ -106,9 +103,8 @@ def test_the_network_is_told_the_authors_time(small):
 @pytest.fixture(scope="module")
 def minrf():
     state, saved = read("minrf-dit")
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    assert MINRF.matches(shapes, None)
-    config = MINRF.config(shapes, None)
+    assert MINRF.matches(shapes(state), None)
+    config = MINRF.config(shapes(state), None)
     config["net"] |= {"size": 8, "heads": 4}
     config["size"] = 8
     system = RectifiedFlowConfig.parse(config).build().eval()
@@ -122,8 +118,7 @@ def test_minrf_output_and_round_trip(minrf):
     assert sum(p.numel() for p in system.net.parameters()) == 224_300
     with torch.no_grad():
         assert_close(system.net(saved["x"], saved["t"], {"label": saved["y"]}), saved["output"])
-    back = to_foreign(MINRF.table(config), system.net.state_dict())
-    assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
+    assert_round_trip(MINRF, system.net, config, state)
 
 
 @needs_cases

@@ -16,6 +16,7 @@ from nexus.convert.keymap import to_foreign, to_native
 from nexus.convert.layouts import unet, unet_diffusers, unet_openai
 from nexus.errors import ModelError
 from nexus.models.diffusion.unet import UNetConfig
+from tests.parity.whole import assert_close, shapes
 
 CASES = Path(os.environ.get("NEXUS_PARITY", Path(__file__).parents[3] / "shared" / "parity"))
 CASE = CASES / "consistency-unet-a"
@@ -77,10 +78,6 @@ def randomise(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return net.eval()
 
 
-def shapes(state: dict) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items()}
-
-
 def layout_of(state: dict, foreign: dict | None):
     found = [layout for layout in unet.LAYOUTS if layout.auto and layout.matches(shapes(state), foreign)]
     assert len(found) == 1
@@ -102,10 +99,6 @@ def convert(state: dict, config: dict, table) -> torch.nn.Module:
     return net
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    assert (ours - theirs).abs().max() <= 1e-4 * max(1.0, theirs.abs().max().item())
-
-
 @pytest.mark.parametrize("name", PLAIN)
 def test_diffusers(name):
     theirs = randomise(UNet2DModel(**BASE | PLAIN[name]))
@@ -119,7 +112,7 @@ def test_diffusers(name):
     label = torch.tensor([1, 4])
     with torch.no_grad():
         labels = {"class_labels": label} if theirs.class_embedding is not None else {}
-        close(ours(x, t, {"label": label}), theirs(x, t, **labels).sample)
+        assert_close(ours(x, t, {"label": label}), theirs(x, t, **labels).sample)
     # The config.json written back builds the same network, here and there.
     written = layout.foreign_config(config)
     assert layout.config(shapes(state), written) == config
@@ -147,9 +140,9 @@ def test_diffusers_with_words(name):
         said["timestep_cond"] = embed(None, cond["guidance"], embedding_dim=32)
     with torch.no_grad():
         expected = theirs(x, t, words, **said).sample
-        close(ours(x, t, cond), expected)
-        close(ours(x[:1], t[:1], {k: v[:1] for k, v in cond.items()},
-                   ours.prepare(t, {k: v[:1] for k, v in cond.items()})), expected[:1])
+        assert_close(ours(x, t, cond), expected)
+        first = {k: v[:1] for k, v in cond.items()}
+        assert_close(ours(x[:1], t[:1], first, ours.prepare(t, first)), expected[:1])
     written = unet_diffusers.foreign_config(config)
     assert unet_diffusers.config_of(shapes(state), written) == config["net"]
     UNet2DConditionModel.from_config(written).load_state_dict(state)
@@ -169,7 +162,7 @@ def test_names_of_2022():
     ours = convert(state, layout.config(shapes(state), foreign), layout.table)
     x, t = torch.randn(1, 3, 16, 16), torch.tensor([10.0])
     with torch.no_grad():
-        close(ours(x, t), theirs(x, t).sample)
+        assert_close(ours(x, t), theirs(x, t).sample)
 
 
 @pytest.mark.parametrize("setting, value", [
@@ -267,4 +260,4 @@ def test_consistency_case():
     assert sum(p.numel() for p in ours.parameters()) == json.loads((CASE / "case.json").read_text())["params"]
     with torch.no_grad():
         out = ours(tensors["x"], tensors["timesteps"], {"label": tensors["y"].long()})
-    close(out, tensors["output"])
+    assert_close(out, tensors["output"])

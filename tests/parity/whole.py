@@ -1,13 +1,40 @@
-"""What comparisons with a whole pipeline of diffusers share: a small picture codec, our system, given conditions."""
+"""What the comparisons share: a foreign state in our network and back, how near two outputs are, whole pipelines.
+
+A state is what a checkpoint holds, tensors by name; of a pipeline there are a small picture codec, our system with its
+weights and conditions that are given.
+"""
 
 import torch
 
-from nexus.convert.keymap import to_native
+from nexus.convert.keymap import to_foreign, to_native
 from nexus.convert.layouts import kl_image
 
 
-def shapes(state):
+def shapes(state) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
+
+
+def loaded(layouts, layout, state, net_config_class, foreign=None, **said) -> tuple[torch.nn.Module, dict]:
+    """Our network with a state that of `layouts` only `layout` knows, and its config; `said`: settings of the net."""
+    assert [one.name for one in layouts if one.matches(shapes(state), foreign)] == [layout.name]
+    config = layout.config(shapes(state), foreign)
+    config["net"] |= said
+    rest = {key: tensor for key, tensor in state.items() if key not in layout.constants(config)}
+    net = net_config_class.parse(config["net"]).build().eval()
+    net.load_state_dict(to_native(layout.table(config), rest))
+    return net, config
+
+
+def assert_round_trip(layout, net, config, state):
+    """The network written in the layout is the state, bit for bit."""
+    back = to_foreign(layout.table(config), net.state_dict(), copies=layout.copies(config)) | layout.constants(config)
+    assert back.keys() == state.keys(), back.keys() ^ state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def assert_close(ours, reference):
+    difference, most = (ours - reference).abs().max(), reference.abs().max()
+    assert difference <= 1e-4 * max(1.0, most), (difference, most)
 
 
 def tiny_codec(diffusers):

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from nexus import api, checkpoint
 from nexus.errors import ModelError, UsageError
 from nexus.process.control import hint_of
 from nexus.requests import SampleRequest
 from nexus.train.start import train
+from tests.drawn import drawn
 
 FLAGS = {"steps": 2, "batch_size": 4, "save_every": 2, "samples": 0, "lr": 0.05, "ema": 0.0}
 
@@ -19,12 +19,8 @@ def made(tmp_path_factory):
     """A folder with data, a tiny sd, and a ControlNet trained for it."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("control")
-    for label in ("red ball", "green tree"):
-        (folder / "data" / label).mkdir(parents=True)
-        for i in range(3):
-            array = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(array).save(folder / "data" / label / f"{i}.png")
-    settings = {"data": str(folder / "data"), "preset": "tiny", "device": "cpu", "flags": FLAGS}
+    data = drawn(folder / "data", ("red ball", "green tree"), count=3, side=32)
+    settings = {"data": str(data), "preset": "tiny", "device": "cpu", "flags": FLAGS}
     train("sd", run=folder / "sd", **settings)
     train("controlnet", run=folder / "control", overrides=[f"base={folder / 'sd'}"], **settings)
     train("ddpm", run=folder / "ddpm", **settings)

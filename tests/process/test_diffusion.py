@@ -15,11 +15,15 @@ CLASSES, STYLES = ("red apple", "green pear", "cat"), ("noto", "flat")
 
 
 def system(name="dit", preset="tiny", **changes):
-    torch.manual_seed(0)
     config = catalog.config_class(name).preset(preset)
     conditioner = config.conditioner.adapt(CLASSES, STYLES)
     config = config.model_copy(update={"conditioner": conditioner, **changes})
     config = config.model_copy(update={"net": config.net.model_copy(update=config.net_facts())})
+    return randomised(config)
+
+
+def randomised(config):
+    torch.manual_seed(0)
     built = config.build().eval()
     with torch.no_grad():                       # zero-initialised layers would make every network say nothing
         for p in built.net.parameters():
@@ -74,6 +78,20 @@ def test_a_prompt_that_matches_nothing_lists_the_nearest():
 def test_an_unconditional_model_refuses_a_prompt():
     with pytest.raises(InputError, match="unconditional"):
         made(system("ddpm"), prompt="cat")
+
+
+def test_without_a_null_class_one_is_named_and_guidance_is_away_from_another():
+    cls = catalog.config_class("conditional")
+    tiny = cls.presets["tiny"]
+    built = randomised(cls.parse(tiny | {"net": tiny["net"] | {"num_classes": len(CLASSES), "null_class": False},
+                                         "conditioner": {"kind": "label", "classes": CLASSES}}))
+    with pytest.raises(InputError, match="none was named"):
+        made(built)
+    with pytest.raises(UsageError, match="no null class"):
+        made(built, prompt="cat", guidance=3.0)
+    alone = made(built, prompt="cat", guidance=1.0)
+    away = made(built, prompt="cat", guidance=3.0, negative_prompt="red apple")
+    assert alone.isfinite().all() and away.isfinite().all() and (away - alone).abs().max() > 1e-3
 
 
 def test_strength_0_returns_the_picture_and_1_forgets_it(picture):

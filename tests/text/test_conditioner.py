@@ -11,7 +11,8 @@ ENCODER = TextEncoderConfig(dim=16, depth=1, buckets=64, length=6)
 
 def text_conditioner():
     torch.manual_seed(0)
-    return TextCondConfig(encoder=ENCODER, style_dropout=0.0).adapt(("red apple", "cat"), ("noto", "flat")).build().eval()
+    config = TextCondConfig(encoder=ENCODER, style_dropout=0.0)
+    return config.adapt(("red apple", "cat"), ("noto", "flat")).build().eval()
 
 
 def test_the_null_of_a_label_is_the_id_after_the_last():

@@ -177,7 +177,7 @@ def test_the_cache_follows_the_content_of_the_encoders(pipelines, tmp_path):
 
 def test_a_damaged_cache_file_is_made_anew(pipelines):
     before, _ = encoded(pipelines, "a cat")
-    files = list((pretrained.cache_folder()).rglob("*.safetensors"))
+    files = list(pretrained.cache_folder("text").rglob("*.safetensors"))
     assert len(files) == 1
     files[0].write_bytes(files[0].read_bytes()[:100])
     after, _ = encoded(pipelines, "a cat")

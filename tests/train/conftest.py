@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import toys
-from PIL import Image
 
 from nexus import catalog
+from tests.drawn import drawn
 
 torch.set_num_threads(1)
 
@@ -23,9 +22,4 @@ def toys_in_catalog(monkeypatch):
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """Twelve 8 x 8 pictures in two classes: few enough that none is held out."""
-    folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(5)
-    for label in ("circle", "square"):
-        (folder / label).mkdir()
-        for i in range(6):
-            Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / label / f"{i}.png")
-    return folder
+    return drawn(tmp_path_factory.mktemp("pictures"), ("circle", "square"), count=6, side=8, seed=5)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import toys
-from PIL import Image
 
 from nexus import api, checkpoint
 from nexus.convert import lora_merge
@@ -21,6 +20,7 @@ from nexus.errors import InputError, ModelError, StoppedError, UsageError
 from nexus.nn.lora import LoRAConfig
 from nexus.requests import SampleRequest
 from nexus.train.start import train
+from tests.drawn import drawn
 
 FLAGS = {"steps": 4, "batch_size": 4, "save_every": 1, "log_every": 1, "samples": 2, "keep": 9}
 SPEC = LoRAConfig(rank=3, alpha=6)
@@ -29,12 +29,7 @@ SYSTEMS = ("sd", "dit", "flow", "mmdit", "pixart", "lcm")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(7)
-    for label in ("red ball", "green tree"):
-        (folder / label).mkdir()
-        for i in range(3):
-            Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / label / f"{i}.png")
-    return folder
+    return drawn(tmp_path_factory.mktemp("data"), ("red ball", "green tree"), count=3, side=32, seed=7)
 
 
 @pytest.fixture(scope="module")

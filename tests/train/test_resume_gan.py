@@ -1,19 +1,18 @@
-"""SIGKILL of adversarial trainings, also between the critic's turns and the generator's: byte-equal to the uncut run."""
+"""SIGKILL of adversarial trainings, also between the critic's turns and the generator's: the uncut run's bytes."""
 
 import multiprocessing
 import random
 import signal
 
 import killed
-import numpy as np
 import pytest
 import torch
 import toys
-from PIL import Image
 
 from nexus import checkpoint
 from nexus.errors import DivergedError
 from nexus.train.start import train
+from tests.drawn import drawn
 
 FLAGS = {"steps": 6, "batch_size": 4, "save_every": 2, "log_every": 1, "samples": 4, "flip": 0.5, "shift": 1}
 CASES = {"gan": ("gan", "tiny-modern", 1), "wgan": ("wgan", "tiny", 2), "clip": ("wgan", "tiny-clip", 2),
@@ -32,11 +31,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """One set or two, by case."""
-    folder, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(3)
-    for kind in ("a", "b"):
-        (folder / kind).mkdir()
-        for i in range(7):
-            Image.fromarray(draw.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(folder / kind / f"{i}.png")
+    folder = drawn(tmp_path_factory.mktemp("data"), ("a", "b"), count=7, side=20, seed=3)
     return lambda case: f"{folder}/a,{folder}/b" if case in ("pix2pix", "cyclegan") else str(folder)
 
 
@@ -95,6 +90,7 @@ def test_a_divergence_ends_the_run_and_keeps_the_last_checkpoint(case, data, tmp
     system, preset, _ = CASES[case]
     with pytest.raises(DivergedError) as caught:
         train(system, data=data(case), run=tmp_path / "run", preset=preset, device="cpu",
-              flags=FLAGS | {"lr": 1e30, "save_every": 1, "steps": 40}, overrides=["clip=0.0"] if case == "clip" else [])
+              flags=FLAGS | {"lr": 1e30, "save_every": 1, "steps": 40},
+              overrides=["clip=0.0"] if case == "clip" else [])
     assert caught.value.code == 9 and caught.value.hint
     assert all(not checkpoint.verify(p) for p in (tmp_path / "run").glob("step-*"))

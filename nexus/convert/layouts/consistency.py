@@ -6,6 +6,7 @@ the picture's size or the noise levels: those of the published models are taken.
 
 from nexus.convert.layout import Layout, Shapes
 from nexus.convert.layouts import unet_diffusers, unet_openai
+from nexus.convert.layouts.labels import numbered
 from nexus.convert.layouts.unet import CONSISTENCY
 
 
@@ -14,10 +15,7 @@ def _openai_matches(shapes: Shapes, foreign: dict | None) -> bool:
 
 
 def _config(net: dict, size: int) -> dict:
-    """The published models have no null label, so their classes go by number: `--prompt 207`."""
-    count = net.get("num_classes", 0)
-    conditioner = {"kind": "label", "classes": [str(i) for i in range(count)]} if count else {"kind": "none"}
-    return {"net": net, "size": size, "conditioner": conditioner}
+    return {"net": net, "size": size, "conditioner": {"kind": "none"}} | numbered(net)
 
 
 def _openai_config(shapes: Shapes, foreign: dict | None) -> dict:

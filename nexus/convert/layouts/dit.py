@@ -9,6 +9,8 @@ from torch import Tensor
 
 from nexus.convert.keymap import Row
 from nexus.convert.layout import Layout, Shapes
+from nexus.convert.layouts.labels import numbered
+from nexus.convert.layouts.unet_rows import layer
 from nexus.errors import ModelError
 from nexus.models.diffusion.dit import DiTNetConfig, position_table
 
@@ -23,12 +25,6 @@ def _writable(config: dict) -> DiTNetConfig:
         raise ModelError("public DiT layouts hold a label table with a null row and no style table",
                          hint="only a model with num_classes > 0, null_class true and num_styles 0 can be written")
     return net
-
-
-def _linear(native: str, *foreign: str, copies: str = "") -> list[Row]:
-    """The rows of a layer's weight and bias."""
-    return [Row(f"{native}.{end}", tuple(f"{f}.{end}" for f in foreign),
-                copies=(f"{copies}.{end}",) if copies else ()) for end in ("weight", "bias")]
 
 
 def _from_shapes(shapes: Shapes, patch: str, label: str, block: str, fc1: str, final: str) -> dict:
@@ -51,7 +47,8 @@ def _original_config(shapes: Shapes, foreign: dict | None) -> dict:
     net = _from_shapes(shapes, "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.",
                        ".mlp.fc1.weight", "final_layer.linear.weight")
     grid = round(shapes["pos_embed"][1] ** 0.5) if "pos_embed" in shapes else 32 // net["patch"]
-    return {"net": net | {"size": grid * net["patch"], "heads": PUBLISHED_HEADS.get(net["hidden"])}}
+    net |= {"size": grid * net["patch"], "heads": PUBLISHED_HEADS.get(net["hidden"])}
+    return {"net": net} | numbered(net)
 
 
 def _original_unsaid(shapes: Shapes, foreign: dict | None) -> tuple[str, ...]:
@@ -60,17 +57,17 @@ def _original_unsaid(shapes: Shapes, foreign: dict | None) -> tuple[str, ...]:
 
 def _original_table(config: dict) -> list[Row]:
     return [
-        *_linear("patch", "x_embedder.proj"),
-        *_linear("time.fc1", "t_embedder.mlp.0"),
-        *_linear("time.fc2", "t_embedder.mlp.2"),
+        *layer("patch", "x_embedder.proj"),
+        *layer("time.fc1", "t_embedder.mlp.0"),
+        *layer("time.fc2", "t_embedder.mlp.2"),
         Row("label.weight", "y_embedder.embedding_table.weight"),
-        *_linear("blocks.*.adaln", "blocks.*.adaLN_modulation.1"),
-        *_linear("blocks.*.qkv", "blocks.*.attn.qkv"),
-        *_linear("blocks.*.proj", "blocks.*.attn.proj"),
-        *_linear("blocks.*.fc1", "blocks.*.mlp.fc1"),
-        *_linear("blocks.*.fc2", "blocks.*.mlp.fc2"),
-        *_linear("final_adaln", "final_layer.adaLN_modulation.1"),
-        *_linear("final", "final_layer.linear"),
+        *layer("blocks.*.adaln", "blocks.*.adaLN_modulation.1"),
+        *layer("blocks.*.qkv", "blocks.*.attn.qkv"),
+        *layer("blocks.*.proj", "blocks.*.attn.proj"),
+        *layer("blocks.*.fc1", "blocks.*.mlp.fc1"),
+        *layer("blocks.*.fc2", "blocks.*.mlp.fc2"),
+        *layer("final_adaln", "final_layer.adaLN_modulation.1"),
+        *layer("final", "final_layer.linear"),
     ]
 
 
@@ -89,8 +86,9 @@ def _diffusers_config(shapes: Shapes, foreign: dict | None) -> dict:
     said = foreign or {}
     if said.get("activation_fn", "gelu-approximate") != "gelu-approximate":
         raise ModelError(f"config.json: activation_fn is {said['activation_fn']!r}, a DiT has 'gelu-approximate'")
-    return {"net": net | {"size": said.get("sample_size", 32),
-                          "heads": said.get("num_attention_heads", PUBLISHED_HEADS.get(net["hidden"]))}}
+    net |= {"size": said.get("sample_size", 32),
+            "heads": said.get("num_attention_heads", PUBLISHED_HEADS.get(net["hidden"]))}
+    return {"net": net} | numbered(net)
 
 
 def _diffusers_unsaid(shapes: Shapes, foreign: dict | None) -> tuple[str, ...]:
@@ -100,23 +98,23 @@ def _diffusers_unsaid(shapes: Shapes, foreign: dict | None) -> tuple[str, ...]:
 
 def _embedder(native: str, foreign: str) -> list[Row]:
     """A layer that every block repeats."""
-    return _linear(native, EMB + foreign, copies=f"{BLOCK}norm1.emb.{foreign}")
+    return layer(native, EMB + foreign, copies=f"{BLOCK}norm1.emb.{foreign}")
 
 
 def _diffusers_table(config: dict) -> list[Row]:
     attn = f"{BLOCK}attn1."
     return [
-        *_linear("patch", "pos_embed.proj"),
+        *layer("patch", "pos_embed.proj"),
         *_embedder("time.fc1", "timestep_embedder.linear_1"),
         *_embedder("time.fc2", "timestep_embedder.linear_2"),
         _embedder("label", "class_embedder.embedding_table")[0],
-        *_linear("blocks.*.adaln", f"{BLOCK}norm1.linear"),
-        *_linear("blocks.*.qkv", f"{attn}to_q", f"{attn}to_k", f"{attn}to_v"),
-        *_linear("blocks.*.proj", f"{attn}to_out.0"),
-        *_linear("blocks.*.fc1", f"{BLOCK}ff.net.0.proj"),
-        *_linear("blocks.*.fc2", f"{BLOCK}ff.net.2"),
-        *_linear("final_adaln", "proj_out_1"),
-        *_linear("final", "proj_out_2"),
+        *layer("blocks.*.adaln", f"{BLOCK}norm1.linear"),
+        *layer("blocks.*.qkv", f"{attn}to_q", f"{attn}to_k", f"{attn}to_v"),
+        *layer("blocks.*.proj", f"{attn}to_out.0"),
+        *layer("blocks.*.fc1", f"{BLOCK}ff.net.0.proj"),
+        *layer("blocks.*.fc2", f"{BLOCK}ff.net.2"),
+        *layer("final_adaln", "proj_out_1"),
+        *layer("final", "proj_out_2"),
     ]
 
 

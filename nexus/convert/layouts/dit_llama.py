@@ -4,6 +4,7 @@ from torch import Tensor
 
 from nexus.convert.keymap import Row
 from nexus.convert.layout import Layout, Shapes
+from nexus.convert.layouts.labels import numbered
 from nexus.convert.layouts.unet_rows import layer
 from nexus.errors import ModelError
 from nexus.models.diffusion.dit_llama import LlamaDiTConfig
@@ -28,8 +29,7 @@ def _config(shapes: Shapes, foreign: dict | None) -> dict:
     }
     # minRF tells its network the bare time, 0 at the data; it draws logit-normal times
     path = {"kind": "rectified", "time_scale": 1.0, "time_sampling": "logit-normal"}
-    return {"net": net, "size": 32, "path": path, "conditioner": {"kind": "label"}, "guidance": 2.0,
-            "sampler": "euler", "steps": 50}
+    return {"net": net, "size": 32, "path": path, "guidance": 2.0, "sampler": "euler", "steps": 50} | numbered(net)
 
 
 def _writable(config: dict) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nexus.convert.keymap import Row
 from nexus.convert.layout import Layout, Shapes
+from nexus.convert.layouts.unet_rows import layer
 from nexus.errors import ModelError
 from nexus.models.diffusion.flux import FluxNetConfig
 from nexus.models.diffusion.mmdit import SYSTEMS, MMDiTNetConfig, position_table
@@ -33,14 +34,9 @@ FOLDER_MARKS = {"sd3": ("pos_embed.proj.weight", "pos_embed.pos_embed", "context
 CLASSES = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
 
 
-def _linear(native: str, *foreign: str, op: str = "", ratio: tuple[int, ...] = ()) -> list[Row]:
-    """The rows of a layer's weight and bias."""
-    return [Row(f"{native}.{end}", tuple(f"{f}.{end}" for f in foreign), ratio, op) for end in ("weight", "bias")]
-
-
 def _linears(native: str, foreign: str, names: dict[str, str]) -> list[Row]:
-    """The rows of several layers of one block, by native name."""
-    return [row for ours, theirs in names.items() for row in _linear(f"{native}{ours}", f"{foreign}{theirs}")]
+    """The rows of several layers, by what follows `native` and `foreign` in their names."""
+    return [row for ours, theirs in names.items() for row in layer(native + ours, foreign + theirs)]
 
 
 def _gains(native: str, q: str, k: str) -> list[Row]:
@@ -212,15 +208,15 @@ def _diffusers_table(config: dict) -> list[Row]:
             "time.fc1": "timestep_embedder.linear_1", "time.fc2": "timestep_embedder.linear_2",
             "guidance.fc1": "guidance_embedder.linear_1", "guidance.fc2": "guidance_embedder.linear_2",
             "pooled.0": "text_embedder.linear_1", "pooled.2": "text_embedder.linear_2"}),
-        *_linear("context_in", "context_embedder"),
-        *_linear("final_adaln", "norm_out.linear", op="swap"),
-        *_linear("final", "proj_out"),
+        *layer("context_in", "context_embedder"),
+        *layer("final_adaln", "norm_out.linear", op="swap"),
+        *layer("final", "proj_out"),
     ]
     if net["kind"] == "flux":
-        return [*rows, *_linear("x_in", "x_embedder"), *_joint_rows(), *_single_rows(net)]
+        return [*rows, *layer("x_in", "x_embedder"), *_joint_rows(), *_single_rows(net)]
     last = net["depth"] - 1                         # its rows go before those of any block
-    return [*rows, *_linear("patch", "pos_embed.proj"), Row("positions", "pos_embed.pos_embed"),
-            *_linear(f"blocks.{last}.context.adaln", f"transformer_blocks.{last}.norm1_context.linear", op="swap"),
+    return [*rows, *layer("patch", "pos_embed.proj"), Row("positions", "pos_embed.pos_embed"),
+            *layer(f"blocks.{last}.context.adaln", f"transformer_blocks.{last}.norm1_context.linear", op="swap"),
             *_joint_rows(), *_attention_rows("x.attn2", "attn2", ("to_q", "to_k", "to_v"), "to_out.0", ("q", "k"))]
 
 
@@ -238,7 +234,7 @@ def _joint_rows() -> list[Row]:
 
 def _attention_rows(native: str, foreign: str, qkv: tuple[str, ...], out: str, norms: tuple[str, str]) -> list[Row]:
     ours, theirs = f"blocks.*.{native}", f"transformer_blocks.*.{foreign}."
-    return [*_linear(f"{ours}.qkv", *(theirs + name for name in qkv)), *_linear(f"{ours}.proj", theirs + out),
+    return [*layer(f"{ours}.qkv", *(theirs + name for name in qkv)), *layer(f"{ours}.proj", theirs + out),
             *_gains(ours, *(f"{theirs}norm_{name}.weight" for name in norms))]
 
 
@@ -246,7 +242,7 @@ def _single_rows(net: dict) -> list[Row]:
     theirs, mlp = "single_transformer_blocks.*.", round(net["hidden"] * net["mlp_ratio"])
     return [
         *_linears("singles.*.", theirs, {"adaln": "norm.linear", "outer": "proj_out"}),
-        *_linear("singles.*.inner", *(f"{theirs}attn.to_{name}" for name in "qkv"), f"{theirs}proj_mlp",
+        *layer("singles.*.inner", *(f"{theirs}attn.to_{name}" for name in "qkv"), f"{theirs}proj_mlp",
                  ratio=(net["hidden"],) * 3 + (mlp,)),
         *_gains("singles.*", f"{theirs}attn.norm_q.weight", f"{theirs}attn.norm_k.weight"),
     ]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from nexus.codecs.kl_image import KLConfig
 from nexus.config import Config
 from nexus.convert.convert import settle
-from nexus.convert.detect import Found, Source, opened
+from nexus.convert.detect import Found, Source, json_of, opened
 from nexus.convert.export import Target, as_json, weights
 from nexus.convert.layout import Layout
 from nexus.convert.layouts import consistency, dit, kl_image, lcm, mmdit, pixart, schedulers, unet_diffusers
@@ -22,7 +22,6 @@ from nexus.convert.parts import (
     below,
     encoder_files,
     fitted,
-    json_of,
     named,
     tokenizer_files,
 )
@@ -118,7 +117,7 @@ def read(src: Path, stack: ExitStack, scratch: Path | None, overrides: list[str]
     if not kind.layout.matches(source.shapes, source.config):
         raise ModelError(f"{src} holds no {index['_class_name']}: its {kind.folder} is of another kind")
     config, assumed = settle(Found(kind.layout, source, ()), [text for text in overrides if text.startswith("net.")])
-    pieces, files, facts = [], {}, {"pipeline": index["_class_name"]}
+    pieces, facts = [], {"pipeline": index["_class_name"]}
     data, net = config.to_json(), config.net
     if kind.codec:
         vae, = stack.enter_context(opened(src / "vae", scratch))
@@ -131,7 +130,7 @@ def read(src: Path, stack: ExitStack, scratch: Path | None, overrides: list[str]
     pieces.insert(0, Piece("net", built(net), kind.layout, {"net": data["net"]}, source))
     settings, notes = kind.scheduler.read(said)
     data = data | settings | _words(kind, data, kind.settings(index, net))
-    files = _text_files(src, kind, index, stack, scratch)
+    files = _text_files(src, kind, stack, scratch)
     files |= {f"{HOME}/{name}": src / name for name in (schedulers.FILE, MANIFEST)}
     return Whole(kind.system, "diffusers", data, pieces, files, facts, assumed=assumed,
                  notes=(*_left_alone(kind, index), *notes))
@@ -164,7 +163,7 @@ def _ends(recipe: str) -> list[str]:
     return ["" if i == 0 else f"_{i + 1}" for i in range(len(RECIPES[recipe].kinds))] if recipe else []
 
 
-def _text_files(src: Path, kind: Kind, index: dict, stack: ExitStack, scratch: Path | None) -> dict[str, Payload]:
+def _text_files(src: Path, kind: Kind, stack: ExitStack, scratch: Path | None) -> dict[str, Payload]:
     files: dict[str, Payload] = {}
     ends = _ends(kind.recipe)
     for i, end in enumerate(ends):

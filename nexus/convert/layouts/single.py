@@ -20,7 +20,7 @@ from nexus.codecs.kl_image import KLConfig
 from nexus.config import Config
 from nexus.convert import stream
 from nexus.convert.convert import settle
-from nexus.convert.detect import Found, Source, opened
+from nexus.convert.detect import Found, Source, json_of, opened
 from nexus.convert.export import FORMAT, Target, as_json
 from nexus.convert.layout import Layout
 from nexus.convert.layouts import clip_text, kl_image, mmdit, t5_text, unet_openai
@@ -31,7 +31,6 @@ from nexus.convert.parts import (
     Whole,
     encoder_files,
     fitted,
-    json_of,
     named,
     tokenizer_files,
 )

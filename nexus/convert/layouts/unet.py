@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nexus.convert.layout import Layout, Shapes
 from nexus.convert.layouts import unet_diffusers, unet_openai
+from nexus.convert.layouts.labels import numbered
 from nexus.errors import ModelError
 from nexus.models.diffusion.unet import UNetConfig
 
@@ -27,8 +28,12 @@ def _openai(system: str, name: str, table, label: bool, conv2d: bool, auto: bool
                 and not any(".attn2." in k for k in shapes))
 
     return Layout(name, system, "net", matches,
-                  lambda shapes, foreign: {"net": unet_openai.config_of(shapes), "size": SIZE}, table,
+                  lambda shapes, foreign: _config(unet_openai.config_of(shapes), SIZE), table,
                   constants=_standard, unsaid=lambda shapes, foreign: (*unet_openai.unsaid(shapes), "size"), auto=auto)
+
+
+def _config(net: dict, size: int) -> dict:
+    return {"net": net, "size": size} | numbered(net)
 
 
 def _standard(config: dict) -> dict[str, Tensor]:
@@ -46,8 +51,8 @@ def _diffusers(system: str, name: str, table, label: bool, old: bool) -> Layout:
         return unet_diffusers.matches(shapes, old=old) and ("class_embedding.weight" in shapes) == label
 
     return Layout(name, system, "net", matches,
-                  lambda shapes, foreign: {"net": unet_diffusers.config_of(shapes, foreign),
-                                           "size": _side(foreign) or SIZE}, table,
+                  lambda shapes, foreign: _config(unet_diffusers.config_of(shapes, foreign), _side(foreign) or SIZE),
+                  table,
                   unet_diffusers.foreign_config,
                   unsaid=lambda shapes, foreign: () if _side(foreign) else ("size",))
 

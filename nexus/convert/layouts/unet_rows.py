@@ -1,4 +1,4 @@
-"""Rows that both namings of the UNet share, and what neither can hold."""
+"""Rows of a layer for every table; those that both namings of the UNet share, and what neither can hold."""
 
 from nexus.convert.keymap import Row
 from nexus.errors import ModelError
@@ -16,11 +16,12 @@ def net_config(config: dict) -> UNetConfig:
     return net
 
 
-def layer(native: str, *foreign: str, bias: bool = True, op: str = "", heads: int = 0) -> list[Row]:
-    """The rows of a layer's weight and bias; `op` concerns the weight alone."""
+def layer(native: str, *foreign: str, bias: bool = True, op: str = "", heads: int = 0, ratio: tuple[int, ...] = (),
+          copies: str = "") -> list[Row]:
+    """The rows of a layer's weight and bias; `op` concerns the weight alone, unless it is a swap of halves."""
     ends = ("weight", "bias") if bias else ("weight",)
-    return [Row(f"{native}.{end}", tuple(f"{f}.{end}" for f in foreign), heads=heads,
-                op=op if end == "weight" else "")
+    return [Row(f"{native}.{end}", tuple(f"{f}.{end}" for f in foreign), ratio, heads=heads,
+                op=op if end == "weight" or op == "swap" else "", copies=(f"{copies}.{end}",) if copies else ())
             for end in ends]
 
 

@@ -37,3 +37,8 @@ def read(name: str) -> tuple[np.ndarray, tuple[dict, ...]]:
     stack = np.concatenate(pictures)
     stack.setflags(write=False)
     return stack, tuple(items)
+
+
+def groups() -> dict[str, str]:
+    """Concept of the emoji -> its group ("food and drink")."""
+    return json.loads((FOLDER / "emoji-groups.json").read_text(encoding="utf-8"))

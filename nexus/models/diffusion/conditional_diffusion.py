@@ -14,19 +14,16 @@ from torch import Tensor, nn
 from nexus.config import Config
 from nexus.errors import InputError
 from nexus.media import Media
-from nexus.models.diffusion.unet import UNetConfig
+from nexus.models.diffusion.unet import EMOJI_RECIPE, UNetConfig
 from nexus.nn.attention import attend, merge_heads, split_heads
 from nexus.nn.embed import TimestepMLP
 from nexus.nn.resnet import ResBlock, SelfAttention2d
 from nexus.phase import Phase
-from nexus.process.diffusion import SHARED_CODEC, Diffusion, DiffusionConfig
+from nexus.process.diffusion import SHARED_CODEC, SHARED_LATENTS, Diffusion, DiffusionConfig
 from nexus.process.paths import AnyPath, DiscretePath
 from nexus.process.predictions import noised
 from nexus.text.conditioner import LabelCondConfig, NoCondConfig, TextCondConfig
 
-_LATENTS = SHARED_CODEC["net"].get("latent_channels", 4)
-_LATENT_UNET = {"in_channels": _LATENTS, "out_channels": _LATENTS, "channels": 72, "mult": (1, 2), "blocks": 1,
-                "attention": (1,), "head_dim": 36, "groups": 12, "context_dim": 128, "pooled_dim": 128}
 _EDM = {"path": {"kind": "ve", "log_clock": 250.0}, "prediction": "edm", "sampler": "heun"}
 
 
@@ -102,8 +99,8 @@ class Classifier(nn.Module):
         self.config = config
         self.net: nn.Module = config.net.build()
         self.conditioner = config.conditioner.build()
-        self.codec = config.codec.net.build().requires_grad_(False) if config.codec else None
-        self.external = {"codec": config.codec.weights} if config.codec and config.codec.weights else {}
+        self.codec = config.codec.build() if config.codec else None
+        self.external = config.codec.external() if config.codec else {}
 
     def phases(self) -> tuple[Phase, ...]:
         """The network."""
@@ -162,10 +159,8 @@ class ConditionalConfig(DiffusionConfig):
         return Classifier(self) if self.is_classifier else Diffusion(self)
 
     presets: ClassVar[dict[str, dict]] = {
-        "tiny-text": {"net": UNetConfig.presets["tiny"] | {"attention": (1,), "heads": 2, "context_dim": 16,
-                                                      "pooled_dim": 16},
-                 "size": 16, "steps": 4,
-                 "conditioner": {"kind": "text", "encoder": {"dim": 16, "depth": 1, "buckets": 64}}},
+        "tiny-text": {"net": UNetConfig.presets["tiny-words"], "size": 16, "steps": 4,
+                      "conditioner": TextCondConfig.presets["tiny"]},
         "tiny": {"net": UNetConfig.presets["tiny"], "size": 16, "steps": 4},
         "edm-tiny": _EDM | {"net": UNetConfig.presets["tiny"], "size": 16, "steps": 4},
         "inpaint-tiny": {"net": UNetConfig.presets["tiny"] | {"in_channels": 7}, "size": 16, "steps": 4,
@@ -174,17 +169,16 @@ class ConditionalConfig(DiffusionConfig):
                          "concat": {"kind": "upscale"}, "conditioner": {"kind": "none"}},
         "classifier-tiny": {"size": 16, "net": {"kind": "classifier", "channels": 16, "mult": (1, 2), "blocks": 1,
                                                 "attention": (1,), "head_dim": 16, "groups": 8, "num_classes": 3}},
-        "emoji": {"net": _LATENT_UNET, "codec": SHARED_CODEC, "prediction": "v", "steps": 20,
-                  "sampler": "dpmpp-2m",
-                  "conditioner": {"kind": "text", "default_style": "noto", "encoder": {"buckets": 1024}}},
-        "inpaint": {"net": _LATENT_UNET | {"in_channels": 2 * _LATENTS + 1}, "codec": SHARED_CODEC,
+        "emoji": {"net": UNetConfig.presets["emoji"], "codec": SHARED_CODEC, "prediction": "v", "steps": 20,
+                  "sampler": "dpmpp-2m", "conditioner": TextCondConfig.presets["emoji"]},
+        "inpaint": {"net": UNetConfig.presets["emoji"] | {"in_channels": 2 * SHARED_LATENTS + 1}, "codec": SHARED_CODEC,
                     "prediction": "v", "steps": 20, "sampler": "dpmpp-2m", "concat": {"kind": "inpaint"},
-                    "conditioner": {"kind": "text", "default_style": "noto", "encoder": {"buckets": 1024}}},
+                    "conditioner": TextCondConfig.presets["emoji"]},
         "upscale": {"net": {"in_channels": 7, "channels": 48, "mult": (1, 2, 3), "blocks": 1, "attention": (2,),
                             "head_dim": 48, "groups": 12}, "size": 64, "prediction": "v", "clip": True, "steps": 20,
                     "concat": {"kind": "upscale"}, "conditioner": {"kind": "none"}},
         "classifier": {"codec": SHARED_CODEC,
-                       "net": {"kind": "classifier", "in_channels": _LATENTS, "channels": 48, "mult": (1, 2, 3),
+                       "net": {"kind": "classifier", "in_channels": SHARED_LATENTS, "channels": 48, "mult": (1, 2, 3),
                                "blocks": 1, "attention": (1, 2), "head_dim": 48, "groups": 12, "num_classes": 0}},
         "imagenet-64": {"net": UNetConfig.presets["imagenet-64"] | {"out_channels": 6}, "size": 64, "clip": True,
                         "learned_variance": True, "path": {"kind": "discrete", "beta_schedule": "cosine"},
@@ -197,15 +191,13 @@ class ConditionalConfig(DiffusionConfig):
     default_preset: ClassVar[str] = "emoji"
     recipes: ClassVar[dict[str, dict]] = {
         "tiny": {"steps": 20, "batch_size": 4},
-        "emoji": {"steps": 20_000, "batch_size": 32, "lr": 1e-3, "warmup": 200, "schedule": "linear",
-                  "final_lr": 0.05, "precision": "bfloat16", "ema": 0.998, "save_every": 500, "cache_latents": True,
-                  "betas": (0.9, 0.99)},
+        "emoji": EMOJI_RECIPE,
     }
     recipes |= {
-        "inpaint": recipes["emoji"] | {"cache_latents": False},
-        "upscale": recipes["emoji"] | {"cache_latents": False},
+        "inpaint": EMOJI_RECIPE | {"cache_latents": False},
+        "upscale": EMOJI_RECIPE | {"cache_latents": False},
         "classifier-tiny": {"steps": 20, "batch_size": 4, "samples": 0},
-        "classifier": recipes["emoji"] | {"steps": 5000, "weight_decay": 0.05, "samples": 0},
+        "classifier": EMOJI_RECIPE | {"steps": 5000, "weight_decay": 0.05, "samples": 0},
         "classifier-imagenet-64": {"steps": 300_000, "batch_size": 1024, "lr": 6e-4, "weight_decay": 0.05,
                                    "samples": 0},
     }

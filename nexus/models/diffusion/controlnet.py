@@ -25,9 +25,6 @@ from nexus.requests import SampleRequest
 from nexus.text.conditioner import NoCondConfig, TextCondConfig
 from nexus.text.pretrained import PretrainedCondConfig
 
-_CHAIN = {"kind": "discrete", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-          "spacing": "leading", "offset": 1, "ends_at_first": True}         # the base's own takes its place
-
 
 class ControlNetConfig(UNetConfig):
     """The UNet that it is for, and hint_widths: channels of the hint's convolutions, each after the first halves it."""
@@ -44,8 +41,7 @@ class ControlNetConfig(UNetConfig):
         return ControlNet(self)
 
     presets: ClassVar[dict[str, dict]] = {
-        "tiny": UNetConfig.presets["tiny"] | {"in_channels": 4, "out_channels": 4, "attention": (0, 1), "heads": 2,
-                                              "context_dim": 16, "hint_widths": (8, 16)},
+        "tiny": UNetConfig.presets["tiny-sd"] | {"hint_widths": (8, 16)},
         "sd15": UNetConfig.presets["sd15"], "sd21": UNetConfig.presets["sd21"], "sdxl": UNetConfig.presets["sdxl"],
     }
 
@@ -102,7 +98,7 @@ class ControlConfig(DiffusionConfig):
     """
 
     net: ControlNetConfig = ControlNetConfig.preset("sd15")
-    path: AnyPath = DiscretePath.parse(_CHAIN)
+    path: AnyPath = DiscretePath.preset("stable-diffusion")         # the base's own takes its place
     prediction: Literal["eps", "v"] = "eps"
     conditioner: PretrainedCondConfig | TextCondConfig | NoCondConfig = Field(
         PretrainedCondConfig.parse({"recipe": "sd", "encoders": ["openai/clip-vit-large-patch14"]}),
@@ -112,6 +108,7 @@ class ControlConfig(DiffusionConfig):
     hint: Literal[HINTS] = "edges"
     p_uncond: float = Field(0.5, ge=0, le=1)
     guidance: float = Field(7.5, ge=0)
+    pools_words: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _hint_of_the_latents_size(self) -> Self:
@@ -123,13 +120,11 @@ class ControlConfig(DiffusionConfig):
 
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"net": ControlNetConfig.presets["tiny"], "codec": {"net": KLConfig.presets["tiny"]}, "steps": 4,
-                 "conditioner": {"kind": "text", "encoder": {"dim": 16, "depth": 1, "buckets": 64}}},
+                 "conditioner": TextCondConfig.presets["tiny"]},
         "emoji": {"base": "sd", "codec": SHARED_CODEC, "prediction": "v", "steps": 20, "guidance": 3.0,
-                  "sampler": "dpmpp-2m", "path": _CHAIN | {"spacing": "linspace", "offset": 0},
-                  "net": {"in_channels": 4, "out_channels": 4, "channels": 56, "mult": (1, 2), "blocks": 1,
-                          "attention": (0, 1), "head_dim": 28, "groups": 14, "context_dim": 128,
-                          "hint_widths": (8, 16, 32)},
-                  "conditioner": {"kind": "text", "default_style": "noto", "encoder": {"buckets": 1024}}},
+                  "sampler": "dpmpp-2m", "path": DiscretePath.presets["stable-diffusion-even"],
+                  "net": UNetConfig.presets["emoji-sd"] | {"hint_widths": (8, 16, 32)},
+                  "conditioner": TextCondConfig.presets["emoji"]},
         "sd15": {},
     }
     default_preset: ClassVar[str] = "emoji"
@@ -139,11 +134,6 @@ class ControlConfig(DiffusionConfig):
                   "save_every": 500},
         "sd15": {"steps": 50_000, "batch_size": 32, "lr": 1e-5, "precision": "bfloat16", "ema": 0.0},
     }
-
-    def net_facts(self) -> dict:
-        """The width of a word, where the words are the small encoder's."""
-        c = self.conditioner
-        return {"context_dim": c.encoder.dim} if isinstance(c, TextCondConfig) else {}
 
     def build(self) -> "Control":
         """The system; a named base is attached by the loader."""

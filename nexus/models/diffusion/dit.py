@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from nexus.codecs.kl_image import KLConfig
 from nexus.config import Config
-from nexus.errors import InputError
 from nexus.nn.attention import attend, merge_heads, split_heads
-from nexus.nn.embed import TimestepMLP, sincos_2d
-from nexus.nn.modulation import gated, modulate
+from nexus.nn.embed import TimestepMLP, sincos_2d, with_ids
+from nexus.nn.modulation import gated, modulate, start_as_identity
+from nexus.nn.patches import grid_of, unpatched
 from nexus.nn.perturb import Perturb
 from nexus.process.diffusion import SHARED_CODEC, SHARED_LATENTS, DiffusionConfig
 from nexus.process.paths import AnyPath, DiscretePath
@@ -112,32 +112,22 @@ class DiT(nn.Module):
         dim = config.hidden
         self.patch = nn.Conv2d(config.in_channels, dim, config.patch, config.patch)
         self.time = TimestepMLP(TIME_FREQS, dim)
-        self.label = _table(config.num_classes, config.null_class, dim)
-        self.style = _table(config.num_styles, True, dim)
+        self.label = nn.Embedding(config.num_classes + config.null_class, dim) if config.num_classes else None
+        self.style = nn.Embedding(config.num_styles + 1, dim) if config.num_styles else None
         self.blocks = nn.ModuleList(
             DiTBlock(dim, config.heads, int(dim * config.mlp_ratio)) for _ in range(config.depth))
         self.final_adaln = nn.Linear(dim, 2 * dim)
         self.final = nn.Linear(dim, config.patch**2 * config.out_channels)
-        self._init_weights()
+        start_as_identity(self)
 
-    def _init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                # A patch convolution is a linear map of flattened patches, and starts as one.
-                nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-        nn.init.normal_(self.time.fc1.weight, std=0.02)
-        nn.init.normal_(self.time.fc2.weight, std=0.02)
-        # adaLN-Zero: every block starts as the identity, and the network as zero.
-        for module in (*(block.adaln for block in self.blocks), self.final_adaln, self.final):
-            nn.init.zeros_(module.weight)
+    def adalns(self) -> list[nn.Linear]:
+        """The layers that make modulations, in the order of their use."""
+        return [*(block.adaln for block in self.blocks), self.final_adaln]
 
     def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None,
                 prepared: dict | None = None, perturb: Perturb = Perturb()) -> Tensor:
         """`prepared` is what `prepare` returned for the same `cond`. Raises InputError on sides that do not fit."""
-        rows, cols = self._grid(x)
+        rows, cols = grid_of(x, self.config.patch)
         mods = _look_up(prepared, t, len(x)) or self._modulations(self.embed(t, cond))
         x = self.patch(x.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)              # [B, L, D]
         x = x + _positions(self.config, rows, cols, x.device, x.dtype)
@@ -145,26 +135,16 @@ class DiT(nn.Module):
             if i not in perturb.skip:
                 x = block(x, mod, i in perturb.identity)
         x = self.final(modulate(x, *mods[-1].chunk(2, -1)))                                   # [B, L, p * p * C']
-        p = self.config.patch
-        x = x.unflatten(2, (p, p, -1)).unflatten(1, (rows, cols))                             # [B, h, w, p, q, C']
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, rows * p, cols * p)
+        return unpatched(x, rows, cols, self.config.patch)
 
     def embed(self, t: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
         """The condition c [B, D]: time plus label plus style."""
-        c, cond = self.time(t), cond or {}
-        for name, table in (("label", self.label), ("style", self.style)):
-            if table is not None:
-                ids = cond.get(name)
-                c = c + (table.weight[-1] if ids is None and self._has_null(name) else table(_given(ids, name)))
-        return c
-
-    def _has_null(self, name: str) -> bool:
-        return name != "label" or self.config.null_class
+        return with_ids(self.time(t), cond or {}, self.label, self.style, null_label=self.config.null_class)
 
     def _modulations(self, c: Tensor) -> list[Tensor]:
         """c [..., D] -> one [..., 6D] a block, then the last layer's [..., 2D]."""
         c = F.silu(c)
-        return [block.adaln(c) for block in self.blocks] + [self.final_adaln(c)]
+        return [layer(c) for layer in self.adalns()]
 
     def prepare(self, times: Tensor, cond: dict[str, Tensor] | None = None) -> dict:
         """Every modulation of a run with times [S], computed in one product a block; {} when it would not fit.
@@ -185,23 +165,6 @@ class DiT(nn.Module):
         c = self.embed(times.repeat_interleave(len(pairs)), each).unflatten(0, (len(times), len(pairs)))
         steps = {t: s for s, t in enumerate(times.float().tolist())}
         return {"steps": steps, "item": item, "mods": self._modulations(c)}
-
-    def _grid(self, x: Tensor) -> tuple[int, int]:
-        p = self.config.patch
-        if x.shape[-2] % p or x.shape[-1] % p:
-            raise InputError(f"a latent of {x.shape[-2]}x{x.shape[-1]} does not divide into patches of {p}x{p}",
-                             hint=f"choose sides that are multiples of {p}")
-        return x.shape[-2] // p, x.shape[-1] // p
-
-
-def _table(count: int, null: bool, dim: int) -> nn.Embedding | None:
-    return nn.Embedding(count + null, dim) if count else None
-
-
-def _given(ids: Tensor | None, name: str) -> Tensor:
-    if ids is None:
-        raise InputError(f"this DiT has no null {name}, so it needs a {name}", hint=f"give --{name}")
-    return ids
 
 
 def _look_up(prepared: dict | None, t: Tensor, batch: int) -> list[Tensor] | None:

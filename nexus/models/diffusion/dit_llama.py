@@ -13,10 +13,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from nexus.config import Config
-from nexus.errors import InputError
 from nexus.nn.attention import attend, merge_heads, split_heads
 from nexus.nn.embed import TimestepMLP, with_ids
 from nexus.nn.modulation import gated, modulate
+from nexus.nn.patches import grid_of, unpatched
 from nexus.nn.rope import Rotation, axial_rotation, rotate
 
 TIME_FREQS = 256                 # width of the sinusoid before the time MLP
@@ -133,10 +133,7 @@ class LlamaDiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None,
                 prepared: dict | None = None) -> Tensor:
         p, dtype = self.config.patch, self.final.weight.dtype
-        if x.shape[-2] % p or x.shape[-1] % p:
-            raise InputError(f"a picture of {x.shape[-2]}x{x.shape[-1]} does not divide into patches of {p}x{p}",
-                             hint=f"choose sides that are multiples of {p}")
-        rows, cols = x.shape[-2] // p, x.shape[-1] // p
+        rows, cols = grid_of(x, p, "picture")
         c = F.silu(self._embed(t, cond or {}, prepared or {}))
         h = self.stem(x.to(dtype)).unflatten(3, (cols, p)).unflatten(2, (rows, p))            # [B, C', h, p, w, q]
         h = self.patch(h.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))                  # [B, L, D]
@@ -144,8 +141,7 @@ class LlamaDiT(nn.Module):
         for block in self.blocks:
             h = block(h, block.adaln(c), rotation)
         h = self.final(modulate(h, *self.final_adaln(c).chunk(2, -1)))                        # [B, L, p * q * C]
-        h = h.unflatten(2, (p, p, -1)).unflatten(1, (rows, cols))                             # [B, h, w, p, q, C]
-        return h.permute(0, 5, 1, 3, 2, 4).reshape(x.shape).to(x.dtype)
+        return unpatched(h, rows, cols, p).to(x.dtype)
 
     def _embed(self, t: Tensor, cond: dict[str, Tensor], prepared: dict) -> Tensor:
         """The condition c: time plus label plus style, [B, D] or [1, D]."""

@@ -23,13 +23,14 @@ from nexus.nn.joint import (
     modulations,
     needed,
     prepared_modulations,
-    start_as_identity,
     vector_mlp,
 )
-from nexus.nn.modulation import gated, modulate
+from nexus.nn.modulation import gated, modulate, start_as_identity
 from nexus.nn.norm import QKNorm
+from nexus.nn.patches import grid_of
 from nexus.nn.perturb import Perturb
 from nexus.nn.rope import Rotation, axial_rotation, grid_positions, rotate
+from nexus.process.diffusion import SHARED_LATENTS
 
 TIME_FREQS = 256                 # width of the sinusoids of time and guidance
 PATCH = 2
@@ -83,8 +84,8 @@ class FluxNetConfig(Config):
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"in_channels": 4, "out_channels": 4, "hidden": 32, "heads": 2, "depth": 1, "single_depth": 2,
                  "context_dim": 16, "pooled_dim": 16, "axes": (4, 6, 6), "guidance": False},
-        "emoji": {"in_channels": 8, "out_channels": 8, "hidden": 192, "heads": 3, "depth": 2, "single_depth": 4,
-                  "context_dim": 128, "pooled_dim": 128, "axes": (16, 24, 24), "guidance": False},
+        "emoji": {"in_channels": SHARED_LATENTS, "out_channels": SHARED_LATENTS, "hidden": 192, "heads": 3, "depth": 2,
+                  "single_depth": 4, "context_dim": 128, "pooled_dim": 128, "axes": (16, 24, 24), "guidance": False},
         "flux-dev": {},
         "flux-schnell": {"guidance": False},
     }
@@ -148,10 +149,10 @@ class Flux(nn.Module):
         ready = prepared or self._constant(cond)
         context, other = ready["context"], ready["reference"]
         inputs = torch.cat([x, cond["concat"]], 1) if "concat" in cond else x
-        tokens, grids = self._tokens(inputs), (_halved(x),)
+        tokens, grids = self._tokens(inputs), (grid_of(x, PATCH),)
         own, words = tokens.shape[1], context.shape[1]
         if other is not None:
-            tokens, grids = torch.cat([tokens, other], 1), (*grids, _halved(cond["reference"]))
+            tokens, grids = torch.cat([tokens, other], 1), (*grids, grid_of(cond["reference"], PATCH))
         rotation = _rotation(self.config.axes, self.config.theta, words, grids, x.device)
         mask = joint_mask(cond, tokens.shape[1])
         masks = [alone(mask, words, tokens.shape[1], x.device) if i in perturb.identity else mask
@@ -191,19 +192,11 @@ class Flux(nn.Module):
 
     def _tokens(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, H/2 * W/2, D]."""
-        _halved(x)
+        grid_of(x, PATCH)
         if 4 * x.shape[1] != self.x_in.in_features:
             raise InputError(f"{x.shape[1]} channels given, {self.config.in_channels} expected",
                              hint='a picture it is conditioned on goes in cond["concat"]')
         return self.x_in(F.pixel_unshuffle(x.to(self.x_in.weight.dtype), PATCH).flatten(2).transpose(1, 2))
-
-
-def _halved(x: Tensor) -> tuple[int, int]:
-    rows, cols = x.shape[-2:]
-    if rows % PATCH or cols % PATCH:
-        raise InputError(f"a latent of {rows}x{cols} does not divide into patches of {PATCH}x{PATCH}",
-                         hint="choose even sides")
-    return rows // PATCH, cols // PATCH
 
 
 @lru_cache(maxsize=16)

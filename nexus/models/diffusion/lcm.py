@@ -14,17 +14,13 @@ from nexus.codecs.kl_image import KLConfig
 from nexus.errors import ModelError, UsageError
 from nexus.models.diffusion.unet import UNetConfig
 from nexus.process import consistency as cm
-from nexus.process.diffusion import SHARED_CODEC, SHARED_LATENTS
+from nexus.process.diffusion import SHARED_CODEC
 from nexus.process.guidance import combine
 from nexus.process.jump import Consistency, JumpConfig, Pair, null_like, told
 from nexus.process.paths import DiscretePath
 from nexus.process.predictions import denoiser, noised, over, x0_of
 from nexus.text.conditioner import Cond, LabelCondConfig, NoCondConfig, TextCondConfig
 from nexus.text.pretrained import PretrainedCondConfig
-
-_LATENT_UNET = {"in_channels": SHARED_LATENTS, "out_channels": SHARED_LATENTS, "channels": 72, "mult": (1, 2),
-                "blocks": 1, "attention": (1,), "head_dim": 36, "groups": 12, "context_dim": 128, "pooled_dim": 128,
-                "guidance_dim": 256}
 
 
 class SkippingPath(DiscretePath):
@@ -128,13 +124,12 @@ class LCMConfig(JumpConfig):
                              hint="give the student the teacher's conditioner and the data it was trained on")
 
     presets: ClassVar[dict[str, dict]] = {
-        "tiny": {"net": UNetConfig.presets["tiny"] | {"attention": (1,), "heads": 2, "context_dim": 16,
-                                                      "pooled_dim": 16, "guidance_dim": 16},
-                 "size": 16, "conditioner": {"kind": "text", "encoder": {"dim": 16, "depth": 1, "buckets": 64}}},
-        "emoji": {"net": _LATENT_UNET, "codec": SHARED_CODEC, "prediction": "v", "teacher": "conditional",
-                  "path": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
-                  "conditioner": {"kind": "text", "default_style": "noto", "encoder": {"buckets": 1024}},
-                  "w_min": 0.0, "w_max": 7.0, "guidance": 3.0},
+        "tiny": {"net": UNetConfig.presets["tiny-words"] | {"guidance_dim": 16}, "size": 16,
+                 "conditioner": TextCondConfig.presets["tiny"]},
+        "emoji": {"net": UNetConfig.presets["emoji"] | {"guidance_dim": 256}, "codec": SHARED_CODEC,
+                  "prediction": "v", "teacher": "conditional", "conditioner": TextCondConfig.presets["emoji"],
+                  "path": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}, "w_min": 0.0,
+                  "w_max": 7.0, "guidance": 3.0},
         "dreamshaper-v7": {"size": 96, "codec": {"net": KLConfig.presets["sd-f8"] | {"size": 768}},
                            "conditioner": {"kind": "pretrained", "recipe": "sd"}},
     }

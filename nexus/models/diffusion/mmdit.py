@@ -24,10 +24,10 @@ from nexus.nn.joint import (
     modulations,
     needed,
     prepared_modulations,
-    start_as_identity,
     vector_mlp,
 )
-from nexus.nn.modulation import modulate
+from nexus.nn.modulation import modulate, start_as_identity
+from nexus.nn.patches import unpatched
 from nexus.nn.perturb import Perturb
 from nexus.process import clocks
 from nexus.process.diffusion import SHARED_CODEC, Diffusion, DiffusionConfig
@@ -136,9 +136,7 @@ class MMDiT(nn.Module):
                 seen = alone(mask, context.shape[1], x.shape[1], x.device) if i in perturb.identity else mask
                 x, context = block(x, context, *mods[2 * i:2 * i + 2], mask=seen)
         x = self.final(modulate(x, *mods[-1].chunk(2, -1)))                                   # [B, N, p * p * C]
-        p = self.config.patch
-        x = x.unflatten(2, (p, p, -1)).unflatten(1, (rows, cols))                             # [B, h, w, p, q, C]
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, rows * p, cols * p)
+        return unpatched(x, rows, cols, self.config.patch)
 
     def embed(self, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """The condition c [B, D]: time plus the text's own vector."""
@@ -235,8 +233,8 @@ class Distilled(Diffusion):
         return steered(Task(seen, request, points, n, device, **more))
 
 
-_TEXT = {"kind": "text", "encoder": {"dim": 16, "depth": 1, "buckets": 64}}
-_TINY = {"conditioner": _TEXT, "codec": {"net": KLConfig.presets["tiny"]}, "steps": 4, "guidance": 2.0}
+_TINY = {"conditioner": TextCondConfig.presets["tiny"], "codec": {"net": KLConfig.presets["tiny"]}, "steps": 4,
+         "guidance": 2.0}
 SYSTEMS: dict[str, dict] = {     # what a published network implies for its system
     "sd3": {"path": {"kind": "sd3", "shift": 3.0, "time_sampling": "logit-normal"}, "guidance": 5.0, "steps": 50,
             "conditioner": {"kind": "pretrained", "recipe": "sd3"}},
@@ -274,7 +272,7 @@ class MMDiTConfig(DiffusionConfig):
                               "path": SYSTEMS["flux-dev"]["path"]},
         "emoji": {"net": {"kind": "flux"} | FluxNetConfig.presets["emoji"], "codec": SHARED_CODEC, "steps": 20,
                   "guidance": 3.0, "path": SYSTEMS["flux-schnell"]["path"],
-                  "conditioner": {"kind": "text", "default_style": "noto", "encoder": {"buckets": 1024}}},
+                  "conditioner": TextCondConfig.presets["emoji"]},
     } | {
         name: _published("sd3", {"kind": "sd3"} | MMDiTNetConfig.presets[name], "sd3")
         for name in ("sd3-medium", "sd35-medium", "sd35-large")

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from nexus.codecs.kl_image import KLConfig
 from nexus.config import Config
 from nexus.errors import InputError
-from nexus.models.diffusion.dit import PREPARED_BYTES, TIME_FREQS
+from nexus.models.diffusion.dit import PREPARED_BYTES, TIME_FREQS, DiTConfig
 from nexus.nn.attention import attend, merge_heads, split_heads
 from nexus.nn.embed import TimestepMLP, sincos_2d
-from nexus.nn.modulation import gated, modulate
+from nexus.nn.modulation import gated, modulate, start_linear
+from nexus.nn.patches import grid_of, unpatched
 from nexus.process.diffusion import SHARED_CODEC, SHARED_LATENTS, DiffusionConfig
 from nexus.process.paths import AnyPath, DiscretePath
 from nexus.text.conditioner import Cond, NoCondConfig, TextCondConfig
@@ -145,10 +146,7 @@ class PixArt(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
-                nn.init.zeros_(module.bias)
+        start_linear(self)
         embedders = [layer for mlp in (self.time, self.side, self.aspect) if mlp for layer in (mlp.fc1, mlp.fc2)]
         for module in (*embedders, self.adaln, self.caption1, self.caption2):
             nn.init.normal_(module.weight, std=0.02)
@@ -158,7 +156,7 @@ class PixArt(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None, prepared: dict | None = None) -> Tensor:
         """`prepared` is what `prepare` returned for the same `cond`. Raises InputError on sides that do not fit."""
-        rows, cols = self._grid(x)
+        rows, cols = grid_of(x, self.config.patch)
         c, mod = self._modulations(x, t, cond or {}, prepared or {})
         words, mask = self._read(len(x), cond or {}, prepared or {})
         x = self.patch(x.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)              # [B, L, D]
@@ -167,9 +165,7 @@ class PixArt(nn.Module):
             x = block(x, mod, pair, mask)
         shift, scale = (c[:, None] + self.final_table).unbind(1)      # of the time itself, not of its modulation
         x = self.final(modulate(x, shift, scale))                                             # [B, L, p * p * C']
-        p = self.config.patch
-        x = x.view(len(x), rows, cols, p, p, -1).permute(0, 5, 1, 3, 2, 4)                    # [B, C', h, p, w, q]
-        return x.reshape(len(x), -1, rows * p, cols * p)
+        return unpatched(x, rows, cols, self.config.patch)
 
     def _modulations(self, x: Tensor, t: Tensor, cond: Cond, prepared: dict) -> tuple[Tensor, Tensor]:
         """The time (and size) c [B or 1, D], and the modulation of every block [B or 1, 6, D]. adaLN-single."""
@@ -240,13 +236,6 @@ class PixArt(nn.Module):
         return {"steps": {t: s for s, t in enumerate(times.float().tolist())}, "time": time,
                 "mods": self._shared(time), "words": self._words(context, mask)}
 
-    def _grid(self, x: Tensor) -> tuple[int, int]:
-        p, (height, width) = self.config.patch, x.shape[-2:]
-        if height % p or width % p:
-            raise InputError(f"a latent of {height}x{width} does not divide into patches of {p}x{p}",
-                             hint=f"choose sides that are multiples of {p}")
-        return height // p, width // p
-
 
 @lru_cache(maxsize=16)
 def _positions(config: PixArtNetConfig, rows: int, cols: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -282,6 +271,7 @@ class PixArtConfig(DiffusionConfig):
     steps: int = Field(20, ge=1)
     guidance: float = Field(4.5, ge=0)
     sampler: str = "dpmpp-2m"
+    pools_words: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -291,17 +281,13 @@ class PixArtConfig(DiffusionConfig):
             raise ValueError("conditioner.null 'zeros' asks for the stored null caption, and net.null_tokens is 0")
         return self
 
-    def net_facts(self) -> dict:
-        """The width of the words."""
-        return {"context_dim": self.conditioner.encoder.dim} if isinstance(self.conditioner, TextCondConfig) else {}
-
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"net": PixArtNetConfig.presets["tiny"], "steps": 4, "guidance": 2.0,
                  "codec": {"net": KLConfig.presets["tiny"]},
-                 "conditioner": {"kind": "text", "encoder": {"dim": 16, "depth": 1, "buckets": 64}}},
+                 "conditioner": TextCondConfig.presets["tiny"]},
         "emoji": {"net": PixArtNetConfig.presets["emoji"], "codec": SHARED_CODEC, "learned_variance": False,
                   "guidance": 3.0, "prediction": "v",
-                  "conditioner": {"kind": "text", "default_style": "noto", "encoder": {"buckets": 1024}}},
+                  "conditioner": TextCondConfig.presets["emoji"]},
     } | {
         name: {"net": PixArtNetConfig.presets[name],
                "codec": {"net": KLConfig.presets["sd-f8"] | {"size": 8 * size}}}
@@ -310,7 +296,5 @@ class PixArtConfig(DiffusionConfig):
     default_preset: ClassVar[str] = "emoji"
     recipes: ClassVar[dict[str, dict]] = {
         "tiny": {"steps": 20, "batch_size": 4},
-        "emoji": {"steps": 20_000, "batch_size": 64, "optimizer": "muon", "muon_lr": 0.01, "lr": 2e-3, "warmup": 200,
-                  "schedule": "linear", "final_lr": 0.05, "precision": "bfloat16", "ema": 0.998, "save_every": 500,
-                  "cache_latents": True, "shift": 0, "betas": (0.9, 0.99)},
+        "emoji": DiTConfig.recipes["emoji"],                    # a network of the same size on the same latents
     }

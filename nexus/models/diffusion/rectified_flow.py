@@ -24,8 +24,7 @@ from nexus.process.guidance import guided
 from nexus.process.paths import DiscretePath, RectifiedPath
 from nexus.process.predictions import clipped, denoiser, noised, over, target
 from nexus.process.rectified import StraightPath
-from nexus.process.schedules import grid
-from nexus.process.sources import read_known
+from nexus.process.schedules import Grid, grid
 from nexus.requests import SampleRequest
 from nexus.rng import ItemNoise, derive, generator
 from nexus.text.conditioner import LabelCondConfig, NoCondConfig
@@ -284,16 +283,11 @@ class RectifiedFlow(Diffusion):
 
     # --- sampling ---------------------------------------------------------------------------------------------------
 
-    def _prepare(self, request: SampleRequest, seeds: list[int], device: torch.device) -> Run:
+    def _start(self, points: Grid, x0: Tensor, drawn: Tensor, masked: bool) -> Tensor:
         """A picture to change is carried back along the flow, not mixed with noise, unless `edit` says so."""
-        run = super()._prepare(request, seeds, device)
-        plain = request.image is None or run.mask is not None or run.grid.steps == 0
-        if plain or self.config.edit == "noise":
-            return run
-        shape = self._shape(request)
-        x1 = self.encode(read_known(request, shape, self.config, device).picture)
-        start = self.invert(x1, until=float(run.grid.t[0]), steps=run.grid.steps)
-        return run._replace(start=start.expand(len(seeds), *shape))
+        if masked or points.steps == 0 or self.config.edit == "noise":
+            return super()._start(points, x0, drawn, masked)
+        return self.invert(x0, until=float(points.t[0]), steps=points.steps).expand_as(drawn)
 
     def _solve(self, request: SampleRequest, denoise: Callable, run: Run, watch: Callable | None) -> Tensor:
         c, name = self.config, request.sampler or self.config.sampler

@@ -15,10 +15,16 @@ from torch.utils.checkpoint import checkpoint
 from nexus.config import Config
 from nexus.errors import InputError
 from nexus.nn.conv import Downsample, Upsample
-from nexus.nn.embed import TimestepMLP, sinusoid
+from nexus.nn.embed import TimestepMLP, sinusoid, with_ids
 from nexus.nn.perturb import Perturb
 from nexus.nn.resnet import ResBlock, SelfAttention2d
 from nexus.nn.spatial_transformer import KeyValue, SpatialTransformer
+from nexus.process.diffusion import SHARED_LATENTS
+
+_TINY = {"channels": 16, "mult": (1, 2), "blocks": 1, "groups": 8}
+_LATENT = {"in_channels": SHARED_LATENTS, "out_channels": SHARED_LATENTS, "mult": (1, 2), "blocks": 1}
+EMOJI_RECIPE = {"steps": 20_000, "batch_size": 32, "lr": 1e-3, "warmup": 200, "schedule": "linear", "final_lr": 0.05,
+                "precision": "bfloat16", "ema": 0.998, "save_every": 500, "cache_latents": True, "betas": (0.9, 0.99)}
 
 
 class UNetConfig(Config):
@@ -102,7 +108,12 @@ class UNetConfig(Config):
         return UNet(self)
 
     presets: ClassVar[dict[str, dict]] = {
-        "tiny": {"channels": 16, "mult": (1, 2), "blocks": 1, "groups": 8},
+        "tiny": _TINY,
+        "tiny-words": _TINY | {"attention": (1,), "heads": 2, "context_dim": 16, "pooled_dim": 16},
+        "tiny-sd": _TINY | {"in_channels": 4, "out_channels": 4, "attention": (0, 1), "heads": 2, "context_dim": 16},
+        "emoji": _LATENT | {"channels": 72, "attention": (1,), "head_dim": 36, "groups": 12, "context_dim": 128,
+                            "pooled_dim": 128},
+        "emoji-sd": _LATENT | {"channels": 56, "attention": (0, 1), "head_dim": 28, "groups": 14, "context_dim": 128},
         "cifar10": {"dropout": 0.1, "eps": 1e-6, "corner_pad": True, "sin_first": True, "freq_shift": 1},
         "ddpm-256": {"mult": (1, 1, 2, 2, 4, 4), "attention": (4,), "eps": 1e-6, "corner_pad": True,
                      "sin_first": True, "freq_shift": 1},
@@ -301,10 +312,7 @@ class UNet(nn.Module):
                 wave = sinusoid(1000 * self._need(cond, "guidance"), c.guidance_dim, shift=1, sin_first=True)
                 w = self.guidance(wave.to(dtype))
             emb = self.time(t, w)
-        for table, key, null in ((self.label, "label", c.null_class), (self.style, "style", True)):
-            if table is not None:
-                none = torch.full_like(t, table.num_embeddings - 1, dtype=torch.long)
-                emb = emb + table(cond.get(key, none) if null else self._need(cond, key))
+        emb = with_ids(emb, cond, self.label, self.style, null_label=c.null_class)
         if self.pooled is not None:
             pooled = self._need(cond, "pooled").to(dtype)
             if c.micro:

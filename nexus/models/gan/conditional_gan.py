@@ -22,9 +22,8 @@ from nexus.nn.patch_critic import PatchCritic
 from nexus.nn.translators import UNetConfig
 from nexus.phase import Phase
 from nexus.process.adversarial import Adversarial, AdversarialConfig
-from nexus.process.latents import refuse
-from nexus.process.translation import TRANSLATES, read_source, translated
-from nexus.requests import SampleRequest
+from nexus.process.translation import ONE_OF_ANOTHER, TRANSLATES, check_direction, read_source, translated
+from nexus.requests import SampleRequest, refuse
 from nexus.rng import ItemNoise
 from nexus.text.conditioner import LabelCondConfig, NoCondConfig
 
@@ -186,9 +185,8 @@ class Pix2Pix(nn.Module):
     @torch.inference_mode()
     def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
         """One picture a seed, made of the request's picture. Raises InputError or UsageError."""
-        refuse(request, self.takes, "this model makes one picture of another")
-        if request.direction == "ba":
-            raise UsageError("--direction ba: this model goes one way, from a to b", hint="leave --direction out")
+        refuse(request, TRANSLATES, ONE_OF_ANOTHER)
+        check_direction(request.direction or "ab", self.directions)
         x = read_source(request, self.config.net.in_channels).to(next(self.net.parameters()))
         shown = torch.cat([self.translate(x, seeds=[seed]) for seed in seeds]).clamp(-1, 1)
         if watch is not None:

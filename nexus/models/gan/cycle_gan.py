@@ -20,9 +20,8 @@ from nexus.nn.image_pool import ImagePool
 from nexus.nn.patch_critic import PatchCritic
 from nexus.nn.translators import ResnetConfig, UNetConfig
 from nexus.phase import Phase
-from nexus.process.latents import refuse
-from nexus.process.translation import TRANSLATES, read_source, translated
-from nexus.requests import SampleRequest
+from nexus.process.translation import ONE_OF_ANOTHER, TRANSLATES, check_direction, read_source, translated
+from nexus.requests import SampleRequest, refuse
 
 LSGAN = LOSSES["lsgan"]
 WAYS = ("ab", "ba")
@@ -172,14 +171,13 @@ class CycleGAN(nn.Module):
 
     def translate(self, x: Tensor, direction: str = "ab", seeds: list[int] | None = None) -> Tensor:
         """x [B, C, H, W] in [-1, 1] of any size -> the other kind. UsageError for a way that the model lacks."""
-        if direction not in self.directions:
-            raise UsageError("--direction ba: this model goes one way, from a to b", hint="leave --direction out")
+        check_direction(direction, self.directions)
         return translated(lambda part: self.net(part, direction), x, self.config.net.multiple).float()
 
     @torch.inference_mode()
     def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
         """The request's picture as the other kind, once a seed (all the same). Raises InputError or UsageError."""
-        refuse(request, self.takes, "this model makes one picture of another")
+        refuse(request, TRANSLATES, ONE_OF_ANOTHER)
         x = read_source(request, self.config.image_channels).to(next(self.net.parameters()))
         shown = self.translate(x, request.direction or "ab").clamp(-1, 1).expand(len(seeds), -1, -1, -1)
         if watch is not None:

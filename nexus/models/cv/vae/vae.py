@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nexus.codecs.kl_image import KLConfig
 from nexus.config import Config
-from nexus.errors import InputError, UsageError
+from nexus.errors import InputError
 from nexus.images import fitted, read_image
 from nexus.losses.kl import free_bits, kl_standard, log_likelihood, ramp, sample_gaussian
 from nexus.losses.perceptual import edge_distance
@@ -18,7 +18,7 @@ from nexus.media import Media
 from nexus.models.cv.vae.critic import CriticConfig, deceive, judge
 from nexus.models.cv.vae.flat import ConvVAEConfig, MLPVAEConfig
 from nexus.phase import Phase
-from nexus.requests import SampleRequest
+from nexus.requests import ONE_STEP, SampleRequest, refuse
 from nexus.rng import ItemNoise
 
 _CODEC = {"likelihood": "laplace", "beta": 1e-6, "per_value": True, "edge_weight": 0.5}
@@ -167,7 +167,7 @@ class VAE(nn.Module):
         Raises InputError for a prompt, a negative prompt, a mask, or a picture that cannot be read, and UsageError for
         what steers a sampler.
         """
-        refuse(request, self.config.image_size)
+        refuse_steering(request, self.config.image_size)
         weight = next(self.net.parameters())
         noise = ItemNoise(seeds).draw(self.config.net.latent_shape).to(weight)
         if request.image is None:
@@ -182,7 +182,7 @@ class VAE(nn.Module):
         return Media("image", shown)
 
 
-def refuse(request: SampleRequest, side: int) -> None:
+def refuse_steering(request: SampleRequest, side: int) -> None:
     """InputError or UsageError for what steers other models and would be ignored here; side: of its pictures, px."""
     for name in ("prompt", "negative_prompt"):
         if getattr(request, name) is not None:
@@ -190,13 +190,9 @@ def refuse(request: SampleRequest, side: int) -> None:
                              hint=f"leave --{name.replace('_', '-')} out")
     if request.mask is not None:
         raise InputError("this model rebuilds whole pictures: it takes no mask", hint="leave --mask out")
-    for name, field in SampleRequest.model_fields.items():
-        flag = f"--{name.replace('_', '-')}"
-        if name in ("width", "height") and getattr(request, name) is not None:
-            raise UsageError(f"{flag}: this model makes {side}x{side} pixels only", hint=f"leave {flag} out")
-        if name != "image" and getattr(request, name) != field.get_default(call_default_factory=True):
-            raise UsageError(f"{flag}: this model makes a picture in one step, there is nothing to set",
-                             hint=f"leave {flag} out")
+    refuse(request, ("image", "width", "height"), ONE_STEP)
+    others = SampleRequest.model_fields.keys() - {"width", "height"}
+    refuse(request, others, f"this model makes {side}x{side} pixels only")
 
 
 def rate_cost(config: VAEConfig, kl: Tensor, step: int) -> Tensor:
