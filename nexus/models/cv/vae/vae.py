@@ -22,6 +22,10 @@ from nexus.requests import ONE_STEP, SampleRequest, refuse
 from nexus.rng import ItemNoise
 
 _CODEC = {"likelihood": "laplace", "beta": 1e-6, "per_value": True, "edge_weight": 0.5}
+_PICTURE_CODEC = _CODEC | {"net": KLConfig.presets["picture-codec"] | {"kind": "kl"}, "beta": 5e-3}
+_PICTURE_CODEC_RECIPE = {"steps": 5000, "batch_size": 16, "lr": 8e-4, "warmup": 200, "schedule": "cosine",
+                         "final_lr": 0.02, "precision": "bfloat16", "ema": 0.995, "save_every": 250, "flip": 0.5,
+                         "shift": 4, "betas": (0.9, 0.99)}
 
 
 class VAEConfig(Config):
@@ -34,6 +38,9 @@ class VAEConfig(Config):
     l1_weight, l2_weight, edge_weight: further reconstruction terms, each a mean over values times their number.
     per_value: the loss is divided by the number of values in a picture, so a gradient clip means the same at any size.
     critic: a PatchGAN that a KL codec is trained against as well (Rombach et al. 2022); None = none.
+    latent_noise: most standard deviation of noise that is added to latents, drawn for each picture from 0 up: a decoder
+    that knows it mends what a generator of latents gets a little wrong (Zheng et al. 2025, arXiv:2510.11690).
+    decoder_only: a KL codec's encoder stays as it is, and with it all latents that others have learnt to make.
     iwae_k: importance samples when the likelihood is estimated (Burda et al. 2016).
     """
 
@@ -41,8 +48,11 @@ class VAEConfig(Config):
         "tiny": {"net": {"kind": "conv", "size": 16, "widths": (8, 8), "hidden": 16, "latents": 4},
                  "likelihood": "bernoulli"},
         "tiny-codec": _CODEC | {"net": KLConfig.presets["tiny"] | {"kind": "kl"}, "critic": {"width": 4}},
-        "picture-codec": _CODEC | {"net": KLConfig.presets["picture-codec"] | {"kind": "kl"}, "beta": 5e-3,
-                                   "critic": {"weight": 0.1, "feature_weight": 0.05, "start": 3000}},
+        "tiny-decoder": _CODEC | {"net": KLConfig.presets["tiny"] | {"kind": "kl"}, "critic": {"width": 4, "start": 0},
+                                  "decoder_only": True, "latent_noise": 0.4},
+        "picture-codec": _PICTURE_CODEC | {"critic": {"weight": 0.1, "feature_weight": 0.05, "start": 3000}},
+        "picture-codec-decoder": _PICTURE_CODEC | {"critic": {"weight": 0.1, "feature_weight": 0.05, "start": 0},
+                                                   "decoder_only": True, "latent_noise": 0.5},
         "mlp-500": {"net": {"kind": "mlp"}, "likelihood": "bernoulli"},
         "beta-vae": {"net": {"kind": "conv", "size": 28, "widths": (32, 64)}, "likelihood": "bernoulli", "beta": 4.0},
         "beta-vae-capacity": {"net": {"kind": "conv", "size": 28, "widths": (32, 64)}, "likelihood": "bernoulli",
@@ -57,9 +67,9 @@ class VAEConfig(Config):
     recipes: ClassVar[dict[str, dict]] = {
         "tiny": {"steps": 20, "batch_size": 4},
         "tiny-codec": {"steps": 20, "batch_size": 4},
-        "picture-codec": {"steps": 5000, "batch_size": 16, "lr": 8e-4, "warmup": 200, "schedule": "cosine",
-                          "final_lr": 0.02, "precision": "bfloat16", "ema": 0.995, "save_every": 250, "flip": 0.5,
-                          "shift": 4, "betas": (0.9, 0.99)},
+        "tiny-decoder": {"steps": 20, "batch_size": 4},
+        "picture-codec": _PICTURE_CODEC_RECIPE,
+        "picture-codec-decoder": _PICTURE_CODEC_RECIPE | {"lr": 4e-4},
         "beta-vae": {"steps": 4000, "batch_size": 64, "lr": 1e-3, "schedule": "cosine", "ema": 0.995},
     }
     net: Annotated[KLConfig | ConvVAEConfig | MLPVAEConfig, Field(discriminator="kind")] = MLPVAEConfig()
@@ -75,12 +85,16 @@ class VAEConfig(Config):
     edge_weight: float = Field(0.0, ge=0)
     per_value: bool = False
     critic: CriticConfig | None = None
+    latent_noise: float = Field(0.0, ge=0)
+    decoder_only: bool = False
     iwae_k: int = Field(50, ge=1)
 
     @model_validator(mode="after")
     def _critic_fits(self) -> Self:
         if self.critic and not isinstance(self.net, KLConfig):
             raise ValueError("critic: only a KL codec (net.kind=kl) is trained against one")
+        if self.decoder_only and not isinstance(self.net, KLConfig):
+            raise ValueError("decoder_only: only a KL codec (net.kind=kl) has latents that others use")
         return self
 
     @property
@@ -114,8 +128,8 @@ class VAE(nn.Module):
         self.critic = config.critic.build(self.config.image_channels) if config.critic else None
 
     def phases(self) -> tuple[Phase, ...]:
-        """Encoder and decoder together, then the critic."""
-        both = (Phase("vae", self.net, self.loss),)
+        """Encoder and decoder together (or the decoder alone), then the critic."""
+        both = (Phase("vae", self.net.decoder if self.config.decoder_only else self.net, self.loss),)
         return both if self.critic is None else (*both, Phase("critic", self.critic, self.critic_loss))
 
     def loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
@@ -145,8 +159,13 @@ class VAE(nn.Module):
 
     def rebuild(self, x: Tensor, rng: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         """x -> (decoder output, mean, log variance); with rng None the posterior's mean is decoded."""
-        mean, logvar = (m.float() for m in self.net.encode(x))
+        c = self.config
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not c.decoder_only):
+            mean, logvar = (m.float() for m in self.net.encode(x))
         z = mean if rng is None else sample_gaussian(mean, logvar, _noise(mean, rng))
+        if rng is not None and c.latent_noise:
+            most = c.latent_noise * torch.rand(len(z), 1, 1, 1, generator=rng)
+            z = z + most.to(z) * _noise(z, rng)
         return self.net.decode_raw(z.to(x.dtype)).float(), mean, logvar
 
     def picture(self, output: Tensor) -> Tensor:

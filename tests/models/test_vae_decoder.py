@@ -1,0 +1,47 @@
+"""A codec's decoder trained alone, on latents that are a little wrong."""
+
+import pytest
+import torch
+
+from nexus.errors import InputError
+from nexus.models.cv.vae.vae import VAEConfig
+from nexus.rng import generator
+
+
+def built(**changes):
+    torch.manual_seed(0)
+    return VAEConfig.preset("tiny-decoder").model_copy(update=changes).build()
+
+
+def pictures(system, n=3):
+    side = system.config.image_size
+    return torch.rand(n, 3, side, side, generator=generator(1)) * 2 - 1
+
+
+def test_the_encoder_learns_nothing_and_the_decoder_does():
+    system = built()
+    phase, critic = system.phases()
+    assert phase.module is system.net.decoder and critic.module is system.critic
+    phase.loss({"image": pictures(system)}, generator(0), 5)["loss"].backward()
+    learns = {name.split(".")[0] for name, p in system.net.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learns == {"decoder"}
+
+
+def test_noise_is_drawn_up_to_its_most_and_differs_between_pictures():
+    system = built(latent_noise=0.5)
+    seen = []
+    system.net.decode_raw = lambda z: seen.append(z) or z.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :3]
+    x = pictures(system, 400)
+    _, mean, logvar = system.rebuild(x, generator(3))
+    system.config = system.config.model_copy(update={"latent_noise": 0.0})
+    system.rebuild(x, generator(3))
+    spread = (seen[0] - seen[1]).flatten(1).std(1)
+    assert spread.max() < 0.6 and spread.min() < 0.05
+    assert spread.mean() == pytest.approx(0.25, abs=0.03)           # uniform in [0, 0.5]
+    system.rebuild(x, None)
+    assert torch.equal(seen[2], mean)                               # what is judged is judged without noise
+
+
+def test_only_a_codec_has_a_decoder_of_its_own():
+    with pytest.raises(InputError, match="decoder_only"):
+        VAEConfig.parse({"net": {"kind": "conv", "size": 16, "widths": (8, 8)}, "decoder_only": True})
