@@ -1,7 +1,7 @@
 """Make an embedded checkpoint and its card of a finished run: `python scripts/publish.py RUN NAME`.
 
 Takes the newest checkpoint's average in bfloat16. A codec's latent shift and scale are set so that the training
-pictures' latents have mean 0 and standard deviation 1.
+pictures' latents have mean 0 and standard deviation 1; those of a decoder trained alone stay what they were.
 """
 
 import json
@@ -24,7 +24,7 @@ def publish(run: Path, name: str) -> None:
     system = checkpoint.load(str(source), device="cpu")
     config = described["config"]
     if config["net"].get("kind") == "kl":
-        config["net"] |= _normalised(system, described["data"])
+        config["net"] |= _kept(run) if config["decoder_only"] else _normalised(system, described["data"])
     state = {n: t.to(torch.bfloat16) if t.is_floating_point() else t
              for n, t in checkpoint.released_state(system).items()}
     facts = {k: described[k] for k in ("train", "data", "data_digest", "nexus")}
@@ -39,9 +39,17 @@ def publish(run: Path, name: str) -> None:
         raise SystemExit(f"{size:,} bytes is over the limit of {LIMIT:,}")
 
 
+def _kept(run: Path) -> dict:
+    """The shift and scale of the codec that a run of the decoder alone began with."""
+    net = checkpoint.read_description(checkpoint.find(checkpoint.read_description(run)["init"]))["config"]["net"]
+    return {"shift": net["shift"], "scale": net["scale"]}
+
+
 DATA = {
     "emoji": "the embedded emoji set: noto (Apache-2.0), twemoji (CC-BY-4.0, Copyright Twitter, Inc and other "
              "contributors), Fluent emoji flat and 3d (MIT, Copyright Microsoft); its training split",
+    "emoji:flat,emoji:outline": "two styles of the embedded emoji set: Fluent emoji flat and high contrast (MIT, Copyright "
+                                "Microsoft); their training splits, unpaired",
     "mnist": "the embedded MNIST subset (CC-BY-SA-3.0, Y. LeCun and C. Cortes); its training split",
 }
 
@@ -54,6 +62,8 @@ def card(name: str, described: dict, facts: dict, numbers: int) -> str:
     start = f" It started from the weights of `{facts['init']}`." if named else (
         " It went on from shorter runs of this network, which are not kept, so the command below gives the like of it."
         if facts["init"] else "")
+    if described["config"].get("decoder_only"):
+        start += " The decoder was trained alone at the end, on latents with noise; the encoder is as it was before."
     init = f" --init {facts['init']}" if named else ""
     return f"""# {name}
 
