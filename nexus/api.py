@@ -72,18 +72,28 @@ def _bar(progress: Callable | bool | None, unit: str) -> Iterator[Callable[..., 
 
 
 class Item(NamedTuple):
-    """One finished picture: image uint8 [H, W, C] (of a walk [K, H, W, C]), and the record that goes into its file."""
+    """One finished thing, and the record that goes into its file.
+
+    data: of kind "image" uint8 [H, W, C], of a walk [K, H, W, C]; of kind "audio" float32 [C, T], `rate` a second.
+    """
 
     seed: int
-    image: np.ndarray
+    data: np.ndarray
     record: dict
+    kind: str = "image"
+    rate: int = 0
+
+    @property
+    def image(self) -> np.ndarray:
+        """A picture's data."""
+        return self.data
 
 
 def sample(system: str | torch.nn.Module, request: SampleRequest, *, seeds: list[int], batch_size: int = 8,
            device: str = "auto", dtype: str = "auto", model: str | None = None,
            progress: Callable[[int, int], Any] | bool = False, preview: Callable[[Media], Any] | None = None,
            preview_every: int = 1, offload: bool = False, tile: str = "auto") -> Iterator[Item]:
-    """Pictures as they are made, one a seed; picture i is the same whatever the batch size.
+    """Pictures or sounds as they are made, one a seed; item i is the same whatever the batch size.
 
     system: a catalog name (with `model`, or its embedded checkpoint; offload and tile as of `load`) or a loaded system.
     progress(done, total) counts sampling steps over all batches; True shows a bar on stderr. An out-of-memory batch is
@@ -132,7 +142,8 @@ def _made(system: torch.nn.Module, request: SampleRequest, seeds: list[int], bat
             batch_size = max(1, len(part) // 2)
             continue
         for seed, data, note in zip(part, made.data, made.notes or ({},) * len(part), strict=True):
-            yield Item(seed, to_uint8(data), record_of(system, request, seed, note, model))
+            ready = to_uint8(data) if made.kind == "image" else data.detach().float().cpu().numpy()
+            yield Item(seed, ready, record_of(system, request, seed, note, model), made.kind, made.rate)
         done += len(part)
 
 
@@ -183,7 +194,7 @@ def _guide(system: torch.nn.Module, request: SampleRequest) -> dict:
 
 
 def record_of(system: torch.nn.Module, request: SampleRequest, seed: int, note: dict, model: str | None) -> dict:
-    """Everything needed to make a picture again."""
+    """Everything needed to make an item again."""
     device = next(system.parameters()).device
     settings = {k: v for k, v in request.to_json().items() if v is not None}
     used = getattr(system, "used_settings", lambda request: {})(request)

@@ -9,12 +9,13 @@ from nexus.errors import UsageError
 
 
 class Entry(NamedTuple):
-    """Where a system's Config lives, what it makes, and its embedded default checkpoint."""
+    """Where a system's Config lives, what it makes, its embedded default checkpoint, and the command that makes it."""
 
     config: str          # "module:Class"
     kind: str            # "image" | "audio" | "video"
     summary: str
     default: str         # zoo name, "" when it has none
+    command: str = "sample"
 
 
 CATALOG: dict[str, Entry] = {
@@ -50,6 +51,8 @@ CATALOG: dict[str, Entry] = {
                   "Wasserstein GAN with gradient penalty or clipping (Arjovsky et al. 2017)", "wgan"),
     "vae": Entry("nexus.models.cv.vae.vae:VAEConfig", "image",
                  "VAE, beta-VAE and the KL picture codec (Kingma & Welling 2013)", "picture-codec"),
+    "encodec": Entry("nexus.models.audio.encodec:EncodecSystemConfig", "audio",
+                     "EnCodec: a codec that turns sound into a few ids a frame (Defossez et al. 2022)", "music-codec"),
 }
 
 
@@ -85,8 +88,9 @@ def listing() -> list[dict]:
     rows = [{"system": name, "kind": e.kind, "summary": e.summary, "default": e.default if e.default in zoo else None}
             for name, e in CATALOG.items()]
     named = {e.default for e in CATALOG.values()}
-    return rows + [{"system": _system_of(path), "kind": "image", "summary": "another embedded checkpoint",
-                    "default": name} for name, path in zoo.items() if name not in named]
+    others = [(name, _system_of(path)) for name, path in zoo.items() if name not in named]
+    return rows + [{"system": system, "kind": CATALOG[system].kind if system in CATALOG else "?",
+                    "summary": "another embedded checkpoint", "default": name} for name, system in others]
 
 
 def _system_of(path: Path) -> str:

@@ -17,8 +17,8 @@ GUIDANCE_KINDS = ("cfg", "cfg-zero", "apg", "pag", "slg", "autoguidance", "class
 NEEDS_KIND = {"guide_model": ("autoguidance", "classifier"), "apg": ("apg",), "perturb_layers": ("pag", "slg"),
               "perturb_scale": ("pag", "slg"), "zero_init": ("cfg-zero",)}
 ONE_STEP = "this model makes a picture in one step, there is nothing to set"
-OWN = ("truncation", "interpolate", "direction", "duration", "temperature", "top_k", "top_p", "guidance_style", "melody",
-       "continued")         # only for systems that name them in `takes`
+OWN = ("truncation", "interpolate", "direction", "duration", "temperature", "top_k", "top_p", "guidance_style",
+       "melody", "continued")       # only for systems that name them in `takes`
 _MARGIN = re.compile(r"[0-9]{1,5}|[0-9]{1,3}(\.[0-9]{1,3})?%", re.ASCII)
 SCHEDULES = ("native", "linear", "karras", "exponential", "log-snr", "shifted")
 

@@ -12,7 +12,8 @@ from nexus.errors import InputError, ModelError, NexusError, UsageError
 
 FILE_LIMIT = 64 * 2**20
 LINE_LIMIT = 2**20
-PATH_KEYS = ("image", "mask", "initial_noise", "control_image")
+PATH_KEYS = ("image", "mask", "initial_noise", "control_image", "melody", "continued")
+FLAGS = {"continued": "continue"}             # where a setting is called otherwise by flags and rows
 FILE_LISTS = ("lora", "embedding")              # each entry a file, with a weight or a word after a colon
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 OWN_KEYS = ("seed", "num", "id", "output")
@@ -144,7 +145,8 @@ def _checked(value: dict, base: Path) -> tuple[dict, dict]:
     """Settings and own keys of one row, validated alone; InputError for an unknown key or a bad value."""
     from nexus.naming import clean_text
     from nexus.requests import SampleRequest
-    settings = {key: value[key] for key in value if key not in OWN_KEYS}
+    known = {flag: key for key, flag in FLAGS.items()}
+    settings = {known.get(key, key): value[key] for key in value if key not in OWN_KEYS}
     for key, entry in value.items():
         if isinstance(entry, bool):
             raise InputError(f"{key}: true and false are not settings of an item")

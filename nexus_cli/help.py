@@ -10,7 +10,7 @@ CODES = """\
 0    everything asked for exists now (also when all of it was done before)
 1    internal error, a bug; the path of the log is printed
 2    bad flag or value
-3    bad input: prompt, batch line, picture, data set, settings file
+3    bad input: prompt, batch line, picture, sound, data set, settings file
 4    model or checkpoint missing, damaged, of the wrong kind, or refused as unsafe
 5    device missing, or out of memory after the automatic retry
 6    output problem: disk full, no permission, or it exists already
@@ -23,15 +23,16 @@ CODES = """\
 143  terminated before a save was possible"""
 
 OUTPUT_NAMES = """\
--o FILE      one picture; its ending chooses the format: .png .jpg .webp .gif
--o FOLDER/   pictures with automatic names
+-o FILE      one item; its ending chooses the format: .png .jpg .webp .gif, or .wav .flac .ogg .mp3
+-o FOLDER/   items with automatic names
 -o TEMPLATE  fields: {n} {n:04d} {seed} {model} {prompt} {id} {hash} {date} {ext}; %03d is {n:03d}; {{ }} are literal
--o -         the bytes of one picture on standard output"""
+-o -         the bytes of one item on standard output"""
 
 BATCH = """\
 A batch file has one item a line: JSON objects (.jsonl), a table with a header (.csv, .tsv), or prompts (.txt).
 Keys: prompt negative_prompt steps guidance guidance_rescale guidance_interval sampler schedule eta width height
-image strength mask initial_noise, and seed num id output. Flags are the defaults, the row wins.
+image strength mask initial_noise, of music duration temperature top_k top_p melody continue, and seed num id
+output. Flags are the defaults, the row wins.
 Paths are relative to the batch file; `output` is relative to the output folder and cannot leave it.
 The same command again makes only what is missing (manifest.jsonl in the output folder)."""
 

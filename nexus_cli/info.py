@@ -1,4 +1,4 @@
-"""nexus info FILE: what a picture, a model file or a run folder says about itself."""
+"""nexus info FILE: what a picture, a sound, a model file or a run folder says about itself."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import typer
 
 from nexus.errors import InputError, ModelError, NexusError
 from nexus_cli import options
+from nexus_cli.media import SOUNDS
 from nexus_cli.output import Output, strict_json
 
 HEADER_LIMIT = 16 * 2**20
@@ -15,11 +16,11 @@ HEADER_LIMIT = 16 * 2**20
 
 def info(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", show_default=False,
-                                                help="Pictures, .safetensors files, model or run folders.")],
+                                                help="Pictures, sounds, .safetensors files, model or run folders.")],
     json_lines: options.Json = False,
     color: options.Color = "auto",
 ) -> None:
-    """Show the settings stored in pictures and models. Nothing in a file is trusted or run."""
+    """Show the settings stored in pictures, sounds and models. Nothing in a file is trusted or run."""
     out = Output(json_lines=json_lines, color=color)
     first: NexusError | None = None
     for path in files:
@@ -44,10 +45,21 @@ def describe(path: Path) -> dict:
         return _folder(path)
     if path.suffix == ".safetensors":
         return _safetensors(path)
+    if SOUNDS.ends(path):
+        return _sound(path)
     from nexus.images import read_image, read_record
     record = read_record(path)
     height, width, _ = read_image(path).shape
     return {"picture": f"{width}x{height}", **(record or {"settings": "none stored"})}
+
+
+def _sound(path: Path) -> dict:
+    from nexus import sounds
+    from nexus.loudness import loudness
+    found, array = sounds.facts(path), sounds.read_sound(path)
+    length = f"{found.samples / found.rate:.2f} s, {found.channels} x {found.rate} samples a second, {found.form}"
+    return {"sound": length, "loudness (LUFS)": round(loudness(array, found.rate), 1),
+            "peak": round(float(abs(array).max()), 4), **(sounds.read_record(path) or {"settings": "none stored"})}
 
 
 def _folder(path: Path) -> dict:

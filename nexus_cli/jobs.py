@@ -1,4 +1,4 @@
-"""From what is asked to a list of jobs: one picture each, with its seed, its identity and its file name."""
+"""From what is asked to a list of jobs: one item each, with its seed, its identity and its file name."""
 
 import hashlib
 import json
@@ -12,14 +12,13 @@ from nexus.atomic import check_target
 from nexus.errors import InputError, NexusError, UsageError
 from nexus.naming import DEFAULT, Template, fields_of, inside, parse_template, render, slug
 from nexus_cli.batch import PATH_KEYS, Row
+from nexus_cli.media import PICTURES, Kind
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif")
-FILM = ".mp4"                    # of a walk between pictures
 MANY = 1_000_000
 
 
 class Job(NamedTuple):
-    """One picture: `settings` are the request's fields, `path` is None for standard output."""
+    """One item: `settings` are the request's fields, `path` is None for standard output."""
 
     id: str
     settings: dict
@@ -31,7 +30,7 @@ class Job(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What the flags say: defaults of every job. `name` is the word for {model}."""
+    """What the flags say: defaults of every job. `name` is the word for {model}, `ext` the one for {ext}."""
 
     system: str
     name: str
@@ -41,17 +40,19 @@ class Asked(NamedTuple):
     num: int
     output: str | None
     exists: str | None
+    kind: Kind = PICTURES
+    ext: str = "png"
 
 
 class Place(NamedTuple):
-    """Where pictures go: a template, the folder that holds them all, and whether one exact file was named."""
+    """Where items go: a template, the folder that holds them all, and whether one exact file was named."""
 
     template: Template
     root: Path
     exact: bool
 
 
-def place(output: str | None, default: str = DEFAULT) -> Place:
+def place(output: str | None, default: str = DEFAULT, kind: Kind = PICTURES) -> Place:
     """What -o means: nothing, a folder, a file or a template; UsageError for an unknown field or ending."""
     folder, name = os.path.split(default)
     if output is None:
@@ -63,9 +64,9 @@ def place(output: str | None, default: str = DEFAULT) -> Place:
         return Place((folder, *parse_template(name)), Path(output), False)
     template = parse_template(output)
     tail = template[-1]
-    if not (isinstance(tail, str) and tail.lower().endswith((*ENDINGS, FILM))) and getattr(tail, "name", "") != "ext":
-        raise UsageError(f"--output '{output}' does not end in a picture's ending",
-                         hint="one of " + " ".join(ENDINGS) + ", or a folder with / at its end")
+    if not (isinstance(tail, str) and kind.ends(tail)) and getattr(tail, "name", "") != "ext":
+        raise UsageError(f"--output '{output}' does not end in a {kind.noun}'s ending",
+                         hint="one of " + " ".join(kind.endings) + ", or a folder with / at its end")
     first = template[0] if isinstance(template[0], str) else ""
     return Place(template, Path(os.path.dirname(first) or "."), not fields_of(template) - {"ext"})
 
@@ -83,23 +84,23 @@ def short_name(model: str) -> str:
 
 
 def digest(system: str, name: str, settings: dict) -> str:
-    """The settings' hash, 16 hex digits: with a seed it says which picture."""
+    """The settings' hash, 16 hex digits: with a seed it says which item."""
     text = json.dumps([system, name, settings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def of_flags(asked: Asked) -> tuple[list[Job], Place]:
-    """The jobs of a command without a batch file; picture k has seed + k."""
-    where = place(asked.output)
+    """The jobs of a command without a batch file; item k has seed + k."""
+    where = place(asked.output, kind=asked.kind)
     seeds = asked.seeds or [(asked.seed + k) % 2**63 for k in range(asked.num)]
     if where.exact and len(seeds) > 1:
-        raise UsageError(f"--output '{asked.output}' is one file, but {len(seeds)} pictures are asked for",
+        raise UsageError(f"--output '{asked.output}' is one file, but {len(seeds)} {asked.kind.nouns} are asked for",
                          hint="put {n} or {seed} into the name, or name a folder with / at its end")
     mark, date = digest(asked.system, asked.name, asked.settings), time.strftime("%Y%m%d-%H%M%S")
     jobs = []
     for n, seed in enumerate(seeds, 1):
         values = {"n": n, "seed": seed, "model": asked.name, "prompt": asked.settings.get("prompt") or "",
-                  "id": f"{mark}-{seed}", "hash": mark[:8], "date": date, "ext": "png"}
+                  "id": f"{mark}-{seed}", "hash": mark[:8], "date": date, "ext": asked.ext}
         jobs.append(Job(f"{mark}-{seed}", asked.settings, seed, n, Path(render(where.template, values))))
     policy = asked.exists or ("error" if where.exact else "rename")
     return settle(jobs, policy), where
@@ -108,7 +109,7 @@ def of_flags(asked: Asked) -> tuple[list[Job], Place]:
 def of_rows(asked: Asked, rows: list[Row], source: tuple[str, str], *, keep_bad: bool) -> tuple[list[Job], Place]:
     """The jobs of a batch file (source: its path and its name); InputError for a bad row, unless those are kept."""
     path, name = source
-    where = place(asked.output, f"outputs/{name}/{{id}}.{{ext}}")
+    where = place(asked.output, f"outputs/{name}/{{id}}.{{ext}}", asked.kind)
     if where.exact:
         raise UsageError(f"--output '{asked.output}' is one file, but a batch makes many",
                          hint="name a folder with / at its end, or put {id} or {n} into the name")
@@ -123,7 +124,7 @@ def of_rows(asked: Asked, rows: list[Row], source: tuple[str, str], *, keep_bad:
                 raise located from None
             jobs.append(Job(f"line-{row.line}", {}, 0, len(jobs) + 1, None, error=located))
         if len(jobs) > MANY:
-            raise InputError(f"{path}: over {MANY:,} pictures", hint="split the file")
+            raise InputError(f"{path}: over {MANY:,} {asked.kind.nouns}", hint="split the file")
     return _distinct(jobs, rows), where
 
 
@@ -145,18 +146,19 @@ def _of_row(asked: Asked, row: Row, where: Place, before: int, twins: dict[str, 
     for k, seed in enumerate(seeds):
         key = word if len(seeds) == 1 else f"{word}-{k}"
         values = {"n": before + k + 1, "seed": seed, "model": asked.name, "prompt": prompt, "id": key,
-                  "hash": mark[:8], "date": time.strftime("%Y%m%d"), "ext": "png"}
+                  "hash": mark[:8], "date": time.strftime("%Y%m%d"), "ext": asked.ext}
         jobs.append(Job(key if "id" in row.own else f"{mark}-{seed}", settings, seed, before + k + 1,
-                        _row_path(row, where, k, len(seeds), values)))
+                        _row_path(row, where, k, len(seeds), values, asked.kind)))
     return jobs
 
 
-def _row_path(row: Row, where: Place, k: int, count: int, values: dict) -> Path:
+def _row_path(row: Row, where: Place, k: int, count: int, values: dict, kind: Kind) -> Path:
     if "output" not in row.own:
         return Path(render(where.template, values))
     path = inside(where.root, row.own["output"])
-    if path.suffix.lower() not in (*ENDINGS, FILM):
-        raise InputError(f"output '{row.own['output']}' has no picture's ending", hint="one of " + " ".join(ENDINGS))
+    if not kind.ends(path):
+        raise InputError(f"output '{row.own['output']}' has no {kind.noun}'s ending",
+                         hint="one of " + " ".join(kind.endings))
     return path if count == 1 else path.with_stem(f"{path.stem}-{k}")
 
 
@@ -185,7 +187,7 @@ def settle(jobs: list[Job], policy: str) -> list[Job]:
             continue
         path = _free(job.path, taken) if policy == "rename" else job.path
         if path in taken:
-            raise UsageError(f"two pictures would both be '{path}'", hint="put {n} or {seed} into --output")
+            raise UsageError(f"two items would both be '{path}'", hint="put {n} or {seed} into --output")
         taken.add(path)
         there = os.path.lexists(path)
         check_target(path, exists="overwrite" if policy in ("overwrite", "skip") else "error")

@@ -14,12 +14,13 @@ from typing import Annotated
 import typer
 
 from nexus.errors import DeviceError, NexusError, OutputError
-from nexus_cli import convert, doctor, eval, gallery, help, info, models, output, sample, train
+from nexus_cli import convert, doctor, eval, gallery, help, info, models, music, output, sample, train
 from nexus_cli.options import EXIT_CODES
 
 app = typer.Typer(name="nexus", no_args_is_help=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
-for _command, _name in ((train.train, "train"), (sample.sample, "sample"), (convert.convert, "convert"),
+for _command, _name in ((train.train, "train"), (sample.sample, "sample"), (music.music, "music"),
+                        (convert.convert, "convert"),
                         (eval.evaluate, "eval"), (info.info, "info"), (gallery.gallery, "gallery"),
                         (doctor.doctor, "doctor"), (help.explain, "help")):
     app.command(_name, epilog=EXIT_CODES, no_args_is_help=_name not in ("doctor", "help"))(_command)

@@ -1,4 +1,4 @@
-"""Making pictures: jobs to files, one after the other, each whole and recorded before the next."""
+"""Making pictures and sounds: jobs to files, one after the other, each whole and recorded before the next."""
 
 import hashlib
 import itertools
@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nexus.atomic import append_line, clean_temporary, read_records, write_bytes
-from nexus.errors import BusyError, InputError, NexusError, OutputError, PartialError, StoppedError, UsageError
-from nexus_cli.jobs import FILM, Job, short_name
+from nexus.errors import BusyError, InputError, NexusError, OutputError, PartialError, StoppedError
+from nexus.naming import Template, render
+from nexus_cli.jobs import Job, short_name
+from nexus_cli.media import PICTURES, Kind, Style
 from nexus_cli.output import Output, PipeClosedError, strict_json
 
 GRID_LIMIT = 1024
-WALK_COLUMNS = 16
 
 
 class Engine(NamedTuple):
-    """How pictures are computed: the arguments of api.load and api.sample that are the same for all jobs."""
+    """How items are computed: the arguments of api.load and api.sample that are the same for all jobs."""
 
     system: str
     model: str | None
@@ -34,7 +35,10 @@ class Engine(NamedTuple):
 
 
 class Ways(NamedTuple):
-    """What happens to finished pictures. manifest: where each one is recorded, or None."""
+    """What happens to finished items. manifest: where each one is recorded, or None.
+
+    beside: the names of pictures (spectrograms) that are written beside them.
+    """
 
     manifest: Path | None = None
     metadata: bool = True
@@ -46,13 +50,16 @@ class Ways(NamedTuple):
     preview_every: int = 1
     show: bool = False
     max_time: float | None = None
+    kind: Kind = PICTURES
+    style: Style = Style()
+    beside: Template | None = None
 
 
 class Interrupts:
-    """Ctrl-C once: finish the current picture. Twice: stop now."""
+    """Ctrl-C once: finish the current item. Twice: stop now."""
 
-    def __init__(self, out: Output):
-        self.asked, self._out, self._before = False, out, None
+    def __init__(self, out: Output, noun: str = "picture"):
+        self.asked, self._out, self._before, self._noun = False, out, None, noun
 
     def __enter__(self):
         self._before = signal.signal(signal.SIGINT, self._handle)
@@ -65,7 +72,7 @@ class Interrupts:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        self._out.note("finishing the current picture; Ctrl-C again stops at once")
+        self._out.note(f"finishing the current {self._noun}; Ctrl-C again stops at once")
 
 
 def done_before(manifest: Path | None, *, verify: bool = False) -> Callable[[Job], bool]:
@@ -93,7 +100,8 @@ def make(jobs: list[Job], engine: Engine, ways: Ways, out: Output) -> None:
     for folder in {job.path.parent for job in jobs if job.path}:
         clean_temporary(folder)
     work = _Work(engine, ways, out, attempts, len(jobs))
-    with Interrupts(out) as interrupts, out.guard(), out.tracker(len(jobs), "pictures") as tracker:
+    with Interrupts(out, ways.kind.noun) as interrupts, out.guard(), \
+            out.tracker(len(jobs), ways.kind.nouns) as tracker:
         work.tracker, work.interrupts = tracker, interrupts
         for key, group in itertools.groupby(jobs, key=_together):
             if key is None:
@@ -113,8 +121,9 @@ class _Work:
 
     def __init__(self, engine: Engine, ways: Ways, out: Output, attempts: dict[str, int], total: int):
         self.engine, self.ways, self.out, self.attempts, self.total = engine, ways, out, attempts, total
-        self.started = self.last = time.monotonic()
+        self.started = self.last = self.loaded = time.monotonic()
         self.done = self.failed = 0
+        self.seconds = 0.0                              # of sound
         self.system = None
         self.kept: list[tuple[Job, Any]] = []
 
@@ -144,23 +153,29 @@ class _Work:
         request, engine = SampleRequest.parse(jobs[0].settings), self.engine
         model = engine.model or api.default_model(engine.system)
         if self.system is None:
-            if not self.ways.batch:                     # a wrong picture is told before a model is loaded for it
-                from nexus.process.sources import read_files
-                read_files(request)
+            if not self.ways.batch:                     # a wrong file is told before a model is loaded for it
+                self.ways.kind.check(request)
             self.system = api.load(model, device=engine.device, dtype=engine.dtype, system=engine.system,
                                    student=bool(request.lora), offload=engine.offload, tile=engine.tile)
+            self.loaded = time.monotonic()
         return api.sample(self.system, request, seeds=[job.seed for job in jobs], batch_size=engine.batch_size,
-                          model=model, progress=self._watch(len(jobs)), preview_every=self.ways.preview_every,
-                          preview=self._preview if self.ways.preview else None)
+                          model=model, progress=self._watch(len(jobs), request.duration),
+                          preview_every=self.ways.preview_every, preview=self._preview if self.ways.preview else None)
 
-    def _watch(self, count: int) -> Callable[[int, int], None]:
+    def _watch(self, count: int, seconds: float | None) -> Callable[[int, int], None]:
+        """seconds: of each item, if they have a length; then what is made of it is told and not the steps."""
         begun = self.done
 
         def watch(done: int, total: int) -> None:
-            pictures = begun + count * done / max(total, 1)
-            self.tracker.update(self.done, failed=self.failed, within=max(pictures - self.done, 0.0),
-                                text=f"step {done}/{total}")
+            made = begun + count * done / max(total, 1)
+            text = f"step {done}/{total}" if seconds is None else self._pace(seconds * (made - self.done))
+            self.tracker.update(self.done, failed=self.failed, within=max(made - self.done, 0.0), text=text)
         return watch
+
+    def _pace(self, more: float = 0.0) -> str:
+        """How much sound is made by now, and how fast; more: seconds of what is not written yet."""
+        made = self.seconds + max(more, 0.0)
+        return f"{made:.1f} s made, {made / max(time.monotonic() - self.loaded, 1e-3):.2f} a second" if made else ""
 
     def _preview(self, media) -> None:
         """An intermediate guess, written whole so that a viewer can watch the file."""
@@ -170,19 +185,23 @@ class _Work:
         images.write_image(self.ways.preview, sheet, exists="overwrite")
 
     def _keep(self, job: Job, item) -> None:
-        """Write, record and announce one picture."""
-        record = {**item.record, **({"id": job.id} if self.ways.batch else {})}
+        """Write, record and announce one item."""
+        kind, style = self.ways.kind, self.ways.style
+        record = {**item.record, **({"id": job.id} if self.ways.batch else {}),
+                  **({} if style.loudness is None else {"loudness": style.loudness})}
         if record.get("model"):
             record["model"] = short_name(str(record["model"]))
         if record.get("cut") not in (None, self.told):
             self.told = record["cut"]
             self.out.note(f"the model does not read the end of the prompt: {self.told}")
-        data = _encoded(item.image, job.path, record if self.ways.metadata else None)
-        item = item._replace(image=_sheet_of(item.image))
+        data = kind.encode(item, job.path, record if self.ways.metadata else None, style)
+        seen = kind.look(item) if self.ways.grid or self.ways.show or self.ways.beside else None
         if job.path is None:
             self.out.media(data)
         else:
             write_bytes(job.path, data, exists="overwrite" if self.ways.overwrite else "error")
+        if self.ways.beside:
+            self._beside(seen, beside(job, self.ways.beside), record)
         now = time.monotonic()
         line = {"id": job.id, "status": "ok", "path": self._relative(job), "sha256": hashlib.sha256(data).hexdigest(),
                 "bytes": len(data), "seconds": round(now - self.last, 3), "seed": job.seed,
@@ -190,11 +209,17 @@ class _Work:
         self.last = now
         self._record(job, line)
         self.done += 1
-        self.tracker.update(self.done, failed=self.failed)
+        self.seconds += item.data.shape[-1] / item.rate if item.rate else 0.0
+        self.tracker.update(self.done, failed=self.failed, text=self._pace())
         if self.ways.grid:
-            self.kept.append((job, item.image))
+            self.kept.append((job, seen))
         if self.ways.show:
-            self._show(item.image)
+            self._show(seen)
+
+    def _beside(self, picture, path: Path, record: dict) -> None:
+        from nexus import images
+        images.write_image(path, picture, record, metadata=self.ways.metadata,
+                           exists="overwrite" if self.ways.overwrite else "error")
 
     def not_made(self, job: Job) -> None:
         """Record and count a job that is skipped or has failed."""
@@ -234,7 +259,7 @@ class _Work:
             raise KeyboardInterrupt
         limit = self.ways.max_time
         if limit and time.monotonic() - self.started > limit and self.done + self.failed < self.total:
-            raise StoppedError(f"stopped after {self.done} of {self.total} pictures (--max-time)",
+            raise StoppedError(f"stopped after {self.done} of {self.total} {self.ways.kind.nouns} (--max-time)",
                                hint="run the same command again to go on")
 
     def _show(self, image) -> None:
@@ -245,6 +270,8 @@ class _Work:
 
     def finish(self) -> None:
         """The contact sheet, and the verdict on failures."""
+        if self.seconds:
+            self.out.note(self._pace(), level=1)
         if self.ways.grid and self.kept:
             self._sheet()
         if self.failed:
@@ -256,7 +283,7 @@ class _Work:
         from nexus import images
         columns = _columns(len(self.kept)) if self.ways.grid == "auto" else self.ways.grid[0]
         first = self.kept[0][0].path
-        path = first.with_stem(f"{first.stem}-grid")
+        path = first.with_name(f"{first.stem}-grid{first.suffix if self.ways.kind is PICTURES else '.png'}")
         pictures, seeds = [image for _, image in self.kept], [str(job.seed) for job, _ in self.kept]
         sheet = images.contact_sheet(pictures, columns, seeds)
         images.write_image(path, sheet, {"seeds": [job.seed for job, _ in self.kept]}, metadata=self.ways.metadata,
@@ -264,21 +291,10 @@ class _Work:
         self.out.result(str(path), {"status": "ok", "path": str(path), "grid": True})
 
 
-def _encoded(image, path: Path | None, record: dict | None) -> bytes:
-    """The bytes of a picture's file, or of a walk's film, or of the sheet of its frames."""
-    from nexus import images
-    if path is not None and path.suffix.lower() == FILM:
-        if image.ndim != 4:
-            raise UsageError(f"'{path}': one picture makes no film", hint="--interpolate 24, or another ending")
-        from nexus.videos import encode_mp4
-        return encode_mp4(image, record)
-    return images.encode(_sheet_of(image), images.format_of(path) if path else "PNG", record)
-
-
-def _sheet_of(image):
-    """A picture as it is; the frames [K, H, W, C] of a walk side by side."""
-    from nexus import images
-    return images.contact_sheet(list(image), min(len(image), WALK_COLUMNS)) if image.ndim == 4 else image
+def beside(job: Job, template: Template) -> Path:
+    """The file of the picture beside a job's own."""
+    return Path(render(template, {"n": job.n, "seed": job.seed, "id": job.id,
+                                  "prompt": job.settings.get("prompt") or ""}))
 
 
 def _together(job: Job) -> str | None:

@@ -8,6 +8,7 @@ import typer
 from nexus_cli import parse
 
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
+WHAT, HOW, FILES, MANY, SCREEN = "What to make", "How to sample", "Files", "Batches", "Screen and machine"
 
 
 def complete_system(incomplete: str) -> list[tuple[str, str]]:
@@ -56,4 +57,40 @@ OutFile = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", 
                                               help="Also write the result to this JSON file.")]
 BatchSize = Annotated[int | None, option("--batch-size", parser=parse.whole(1, 1_000_000), metavar="N",
                                          show_default=False, help="How many at once.")]
+Prompt = Annotated[str | None, option("--prompt", "-p", metavar="TEXT", panel=WHAT, show_default=False,
+                                      help="What to make; - reads standard input.")]
+PromptFile = Annotated[str | None, option("--prompt-file", metavar="FILE", panel=WHAT, show_default=False,
+                                          help="Read the prompt from a file.")]
+Num = Annotated[int, option("--num", "-N", parser=parse.whole(1, 1_000_000), metavar="N", panel=WHAT,
+                            help="How many per prompt; item k has the seed + k.")]
+Seed = Annotated[int | None, option("--seed", "-s", parser=parse.seed, metavar="N|random", panel=WHAT,
+                                    show_default=False, help="Default: random, and shown.")]
+Seeds = Annotated[object, option("--seeds", parser=parse.seeds, metavar="0-9,42", panel=WHAT, show_default=False,
+                                 help="One item for each seed.")]
+Guidance = Annotated[float | None, option("--guidance", "-g", "--cfg-scale", "--guidance-scale",
+                                          parser=parse.number(0, 1000), metavar="SCALE", panel=HOW,
+                                          show_default=False, help="How strongly to follow the prompt.")]
+Output = Annotated[str | None, option("--output", "-o", metavar="WHERE", panel=FILES, show_default=False,
+                                      help="A file, folder/, template, or - ('nexus help output-names').")]
+Exists = Annotated[str | None, option("--exists", parser=parse.one_of("skip", "error", "rename", "overwrite"),
+                                      metavar="WHAT", panel=FILES, show_default=False,
+                                      help="skip, error, rename or overwrite what is there.")]
+Like = Annotated[str | None, option("--like", metavar="FILE", panel=FILES, show_default=False,
+                                    help="The settings stored in this file; flags change them.")]
+NoMetadata = Annotated[bool, typer.Option("--no-metadata", rich_help_panel=FILES,
+                                          help="Store no prompt and settings in the files.")]
+Batch = Annotated[str | None, option("--batch", "-b", metavar="FILE", panel=MANY, show_default=False,
+                                     help=".jsonl, .csv, .tsv, .txt or - ('nexus help batch').")]
+OnError = Annotated[str | None, option("--on-error", parser=parse.one_of("continue", "stop"), metavar="WHAT",
+                                       panel=MANY, show_default=False,
+                                       help="continue even past bad lines, or stop at the first failure.")]
+Shard = Annotated[object, option("--shard", parser=parse.shard, metavar="I/N", panel=MANY, show_default=False,
+                                 help="Only part I (from 0) of N.")]
+Limit = Annotated[int | None, option("--limit", parser=parse.whole(1, 1_000_000), metavar="N", panel=MANY,
+                                     show_default=False, help="At most so many now.")]
+Verify = Annotated[bool, typer.Option("--verify", rich_help_panel=MANY,
+                                      help="Check the hashes of what is done before skipping it.")]
+MaxTime = Annotated[float | None, option("--max-time", parser=parse.duration, metavar="TIME", panel=MANY,
+                                         show_default=False, help="Stop after 90s, 15m, 3h with code 75.")]
+Show = Annotated[bool, typer.Option("--show", rich_help_panel=SCREEN, help="Show them in the terminal.")]
 EXIT_CODES = "Exit codes: 'nexus help exit-codes'."

@@ -59,7 +59,7 @@ class Output:
                 self.stdout.flush()
 
     def media(self, data: bytes) -> None:
-        """The bytes of a picture on stdout."""
+        """The bytes of an item on stdout."""
         with _stdout_explained():
             self.stdout.buffer.write(data)
             self.stdout.buffer.flush()

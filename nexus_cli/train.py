@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from nexus.atomic import check_target
-from nexus.data.spec import SETS, is_embedded, split_spec
+from nexus.data.spec import SETS, SOUND_SETS, is_embedded, split_spec
 from nexus.errors import InputError, ModelError, OutputError
 from nexus_cli import options, parse
+from nexus_cli.media import KINDS
 from nexus_cli.options import option
 from nexus_cli.output import Output, strict_json
 
@@ -17,7 +18,7 @@ HOW, RUN, SCREEN = "How to train", "The run", "Screen and machine"
 def train(
     system: options.SystemArg,
     data: Annotated[str, option("--data", "-d", metavar="DATA", show_default=False,
-                                help=f"{SETS}; A,B of two kinds.")],
+                                help=f"{SETS}; A,B of two kinds; of sound: {SOUND_SETS}.")],
     run: Annotated[Path, option("--run", "-r", metavar="FOLDER", show_default=False,
                                 help="The folder of this run; if it holds one, that goes on.")],
     preset: Annotated[str | None, option("--preset", metavar="NAME", show_default=False,
@@ -69,10 +70,10 @@ def train(
     SIGTERM, SIGUSR1 and --max-time save and end with code 75.
     """
     from nexus.catalog import entry
-    entry(system)
+    kind = entry(system).kind
     out = Output(json_lines=json_lines and _speaks(), quiet=quiet or not _speaks(), verbose=verbose,
                  progress=progress, color=color)
-    _check_files(data, run, config, init)
+    _check_files(data, SOUND_SETS if kind == "audio" else SETS, run, config, init)
     given = {"steps": steps, "seed": seed, "batch_size": batch_size, "accumulate": accumulate, "lr": lr, "ema": ema,
              "precision": precision, "on_nan": on_nan, "save_every": save_every, "sample_every": sample_every,
              "keep": keep}
@@ -100,11 +101,11 @@ def _speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _check_files(data: str, run: Path, config: Path | None, init: str | None) -> None:
+def _check_files(data: str, sets: str, run: Path, config: Path | None, init: str | None) -> None:
     """Every path is there, or can be written, before torch is imported."""
     for part in split_spec(data):
         if not is_embedded(part) and not os.path.exists(os.path.expanduser(part)) and not set(part) & set("*?["):
-            raise InputError(f"there is no data '{part}'", hint=SETS)
+            raise InputError(f"there is no data '{part}'", hint=sets)
     if config is not None and not config.is_file():
         raise InputError(f"there is no settings file '{config}'", hint="a .toml or .json file")
     if init is not None and "/" in init and not os.path.exists(init):
@@ -125,7 +126,7 @@ def _low_rank(text: str | None):
 def _plan(system: str, data: str, run: Path, settings: dict, lora: tuple, out: Output) -> None:
     """The resolved settings as JSON on stdout, and what the run would do."""
     from nexus import checkpoint
-    from nexus.data.domains import open_data
+    from nexus.data.domains import open_for
     from nexus.train.start import resolve
     if (run / "config.json").exists():
         stored = checkpoint.read_description(run)
@@ -134,12 +135,11 @@ def _plan(system: str, data: str, run: Path, settings: dict, lora: tuple, out: O
         from nexus.train import lora as loras
         part = loras.settle(run, system, *lora)
         config, args = loras.settings(system, part, **settings) if part else resolve(system, **settings)
-        images = open_data(data, size=getattr(config, "image_size", None), domains=getattr(config, "domains", None),
-                           channels=getattr(config, "image_channels", None))
-        config = config if part else config.adapt(images.facts)
+        found = open_for(config, data)
+        config = config if part else config.adapt(found.facts)
         plan = {"system": system, "config": config.to_json(), "train": args.to_json(), "data": data,
                 **({"lora": part} if part else {}),
-                "pictures": len(images), "run": str(run), "resumes": False}
+                KINDS[found.medium].nouns: len(found), "run": str(run), "resumes": False}
     out.line(strict_json(plan, indent=None if out.json_lines else 1, sort_keys=True))
 
 
@@ -160,7 +160,7 @@ class _Watch:
             return
         shown = [f"{key} {value:.4g}" for key, value in row.items()
                  if isinstance(value, float) and key not in ("seconds", "time")]
-        self._tracker("pictures encoded" if encoding else "steps", total).update(done, text="  ".join(shown[:5]))
+        self._tracker("encoded" if encoding else "steps", total).update(done, text="  ".join(shown[:5]))
 
     def _tracker(self, kind: str, total: int | None):
         if kind != self._kind:

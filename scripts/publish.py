@@ -48,8 +48,8 @@ def _kept(run: Path) -> dict:
 DATA = {
     "emoji": "the embedded emoji set: noto (Apache-2.0), twemoji (CC-BY-4.0, Copyright Twitter, Inc and other "
              "contributors), Fluent emoji flat and 3d (MIT, Copyright Microsoft); its training split",
-    "emoji:flat,emoji:outline": "two styles of the embedded emoji set: Fluent emoji flat and high contrast (MIT, Copyright "
-                                "Microsoft); their training splits, unpaired",
+    "emoji:flat,emoji:outline": "two styles of the embedded emoji set: Fluent emoji flat and high contrast (MIT, "
+                                "Copyright Microsoft); their training splits, unpaired",
     "mnist": "the embedded MNIST subset (CC-BY-SA-3.0, Y. LeCun and C. Cortes); its training split",
 }
 
@@ -62,9 +62,15 @@ def card(name: str, described: dict, facts: dict, numbers: int) -> str:
     start = f" It started from the weights of `{facts['init']}`." if named else (
         " It went on from shorter runs of this network, which are not kept, so the command below gives the like of it."
         if facts["init"] else "")
-    if described["config"].get("decoder_only"):
-        start += " The decoder was trained alone at the end, on latents with noise; the encoder is as it was before."
     init = f" --init {facts['init']}" if named else ""
+    data = described["data"]
+    again = f"`nexus train {system} --config nexus/zoo/{name}/config.json --data {data}{init} --run runs/{name}`"
+    if described["config"].get("decoder_only"):
+        start = (" These are of the decoder alone, on latents with noise; the encoder is of the run before, which is "
+                 "not kept: the commands below give the like of it.")
+        again = (f"`nexus train {system} --data {data} --preset {name} --run runs/{name}`, then\n"
+                 f"  `nexus train {system} --data {data} --preset {name}-decoder --init runs/{name} "
+                 f"--run runs/{name}-decoder`")
     return f"""# {name}
 
 A checkpoint of `{system}`, trained for Nexus; {numbers:,} weights in bfloat16 (the moving average of the run).
@@ -74,8 +80,7 @@ A checkpoint of `{system}`, trained for Nexus; {numbers:,} weights in bfloat16 (
 - **Licence**: the weights are Apache-2.0, like the code; the licences of the data are named above.
 - **Training**: {facts["trained_steps"]:,} steps of {train["batch_size"]} pictures ({seen:,} pictures),
   seed {train["seed"]}.{start}
-- **The same again**: `nexus train {system} --config nexus/zoo/{name}/config.json
-  --data {described["data"]}{init} --run runs/{name}`
+- **The same again**: {again}
 - **Use**: `nexus sample {system} -m {name} -o out/`
 - **Quality**: `nexus eval {name}` prints it with its protocol{_measured(name)}
 """

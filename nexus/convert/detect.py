@@ -15,13 +15,15 @@ from torch import Tensor
 from nexus import catalog, checkpoint
 from nexus.convert.layout import Layout
 from nexus.convert.layouts import every_layout
-from nexus.convert.sandbox import SUFFIXES, unpickle
+from nexus.convert.plain_yaml import parse
+from nexus.convert.sandbox import SUFFIXES, TEXT, unpickle
 from nexus.errors import InputError, ModelError, UsageError
 
 CONFIG_LIMIT = 10_000_000
 # Where training scripts put the weights, averaged ones first: those are what papers report.
 AVERAGED = ("ema", "ema_model", "model_ema", "ema_state_dict", "params_ema")
-WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model", "params", "net", "module", "_orig_mod")
+WRAPPERS = (*AVERAGED, "best_state", "state_dict", "model_state_dict", "model", "params", "net", "module",
+            "_orig_mod")
 COMPONENTS = ("transformer", "unet", "prior", "vae", "vqvae")
 MAX_WRAPPERS = 3
 
@@ -35,7 +37,10 @@ class Stored(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A checkpoint as named shapes; config is its folder's config.json, or None for a single file."""
+    """A checkpoint as named shapes.
+
+    config: its folder's config.json; for a single file None, or what is told inside it (audiocraft: {"xp.cfg": ...}).
+    """
 
     path: Path
     tensors: dict[str, Stored]
@@ -66,7 +71,8 @@ def opened(path: Path, scratch: Path | None = None) -> Iterator[list[Source]]:
         raise ModelError(f"there is no file or folder '{path}'")
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".nexus-convert-") as temporary:
         if path.is_file():
-            yield [Source(path, _read_file(path, Path(temporary)), None)]
+            found = _read_file(path, Path(temporary))
+            yield [Source(path, found, _said(found))]
         elif (path / "model_index.json").exists():
             parts = [path / name for name in COMPONENTS if (path / name / "config.json").exists()]
             if not parts:
@@ -127,6 +133,15 @@ def _read_file(file: Path, temporary: Path) -> dict[str, Stored]:
         unpickle(file, copy)
         file = copy
     return _shapes(file)
+
+
+def _said(tensors: dict[str, Stored]) -> dict | None:
+    """The configuration that a single file holds beside its weights, under its name there, or None."""
+    for file in {stored.file for stored in tensors.values()}:
+        with checkpoint.open_file(file) as opened_file:
+            if text := (opened_file.metadata() or {}).get(TEXT):
+                return {TEXT: parse(text)}
+    return None
 
 
 def _shapes(file: Path) -> dict[str, Stored]:

@@ -19,6 +19,7 @@ SPARE_MEMORY = 2 << 30                 # beside what the interpreter has mapped 
 SPARE_SECONDS = 60
 BYTES_PER_SECOND = 10_000_000          # no disk that is worth using is slower
 MAX_DEPTH = 8
+TEXT, TEXT_LIMIT = "xp.cfg", 1_000_000
 # What training scripts leave in their checkpoints beside weights; it loads as an empty shell, its code is never run.
 BAGGAGE = (
     "argparse.Namespace",
@@ -87,7 +88,7 @@ def copy_tensors(source: str, out: str) -> None:
         try:
             _refuse_bomb(source, os.path.getsize(source))
             loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
-            save_file(_flat(_named_average(loaded)), out)
+            save_file(_flat(_named_average(loaded)), out, metadata=_texts(loaded))
         except (MemoryError, ModelError):
             raise
         except Exception as error:                        # noqa: BLE001 - a hostile file can raise anything
@@ -136,6 +137,12 @@ def _named_average(loaded):
         raise ModelError(f"its list of averages does not follow its model: {len(left)} of {len(listed)} have no name",
                          hint="is it a checkpoint of another repository?")
     return {**loaded, "ema": named}
+
+
+def _texts(loaded) -> dict[str, str]:
+    """The configuration that audiocraft leaves beside its weights, as the plain text it is."""
+    text = loaded.get(TEXT) if isinstance(loaded, dict) else None
+    return {TEXT: text} if isinstance(text, str) and len(text) <= TEXT_LIMIT else {}
 
 
 def _flat(loaded) -> dict:

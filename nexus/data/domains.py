@@ -1,10 +1,16 @@
-"""Pictures of two kinds, a and b: in any company (unaligned), or each with its counterpart (aligned)."""
+"""The data a system learns from: sounds, pictures, or pictures of two kinds, a and b.
+
+Those come in any company (unaligned), or each with its counterpart (aligned).
+"""
 
 import hashlib
 from pathlib import PurePosixPath
+from typing import ClassVar
 
 import torch
 
+from nexus.config import Config
+from nexus.data.audio import AudioSet, open_audio
 from nexus.data.images import ImageSet, open_images
 from nexus.data.spec import split_spec
 from nexus.errors import InputError, UsageError
@@ -17,6 +23,8 @@ class TwoSets:
     aligned: places of both sets [(i, j), ...] that belong together, else None; then "other" are drawn at random.
     `facts` are those of the first, with the digest of both.
     """
+
+    medium: ClassVar[str] = "image"
 
     def __init__(self, a: ImageSet, b: ImageSet, aligned: list[tuple[int, int]] | None):
         self.a, self.b, self.aligned = a, b, aligned
@@ -45,6 +53,18 @@ class TwoSets:
         batch = self.a.batch(list(rows), rngs[0], **how)
         other = self.b.batch(list(others), rngs[1], **how)["image"]
         return batch | {"other": other, "index": torch.as_tensor(indices)}
+
+
+def open_for(config: Config, spec: str, **options) -> ImageSet | TwoSets | AudioSet:
+    """What `--data` names, as a system of this Config learns from it; options: of the set (split).
+
+    Sounds for a Config whose `medium` is "audio", at its `rate`, `channels` and `seconds`; else pictures of its
+    `image_size` and `image_channels`, one set or as its `domains` say. Raises as `open_data` and `open_audio`.
+    """
+    if getattr(config, "medium", "image") == "audio":
+        return open_audio(spec, rate=config.rate, channels=config.channels, seconds=config.seconds, **options)
+    return open_data(spec, size=getattr(config, "image_size", None), channels=getattr(config, "image_channels", None),
+                     domains=getattr(config, "domains", None), **options)
 
 
 def open_data(spec: str, *, domains: str | None = None, **options) -> ImageSet | TwoSets:

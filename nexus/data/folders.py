@@ -1,4 +1,4 @@
-"""The picture files of a folder, of a tar or of several, and what is written beside them."""
+"""The files of a folder, of a tar or of several that hold pictures or sound, and what is written beside them."""
 
 import csv
 import glob
@@ -8,7 +8,7 @@ import os
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -33,8 +33,8 @@ class Place(NamedTuple):
             return file.read(self.length)
 
 
-class Picture(NamedTuple):
-    """A picture file and what is known of it."""
+class Found(NamedTuple):
+    """A file and what is known of it."""
 
     name: str
     caption: str
@@ -43,19 +43,23 @@ class Picture(NamedTuple):
     place: Place
 
 
-def find(spec: str) -> tuple[list[Picture], list[tuple[str, str]]]:
-    """All picture files of a folder, a tar or a glob of tars, and (name, reason) of what cannot be used."""
+def find(spec: str, endings: Collection[str] = EXTENSIONS,
+         sets: str = SETS) -> tuple[list[Found], list[tuple[str, str]]]:
+    """All files of a folder, a tar or a glob of tars with these endings, and (name, reason) of what cannot be used.
+
+    sets: what else could have been named, for the error.
+    """
     path = os.path.expanduser(spec)
-    pictures, skipped = [], []
+    found, skipped = [], []
     if os.path.isdir(path):
-        _describe(_walk(path, skipped), "", pictures, skipped)
+        _describe(_walk(path, skipped), "", endings, found, skipped)
     elif tars := [path] if os.path.isfile(path) else sorted(glob.glob(path)):
         for tar in tars:
-            _describe(_members(tar, skipped), os.path.basename(tar) + ":", pictures, skipped)
+            _describe(_members(tar, skipped), os.path.basename(tar) + ":", endings, found, skipped)
     else:
-        raise InputError(f"data {spec!r} does not exist, expected {SETS}",
+        raise InputError(f"data {spec!r} does not exist, expected {sets}",
                          hint="check the spelling; a path is relative to the current directory")
-    return pictures, skipped
+    return found, skipped
 
 
 def _walk(root: str, skipped: list[tuple[str, str]]) -> dict[str, Place]:
@@ -94,9 +98,9 @@ def _members(path: str, skipped: list[tuple[str, str]]) -> dict[str, Place]:
     return places
 
 
-def _describe(places: dict[str, Place], prefix: str, pictures: list[Picture],
+def _describe(places: dict[str, Place], prefix: str, endings: Collection[str], found: list[Found],
               skipped: list[tuple[str, str]]) -> None:
-    """Adds each picture with its caption: metadata row, else name.txt, name.json, else its folder's name."""
+    """Adds each such file with its caption: metadata row, else name.txt, name.json, else its folder's name."""
     rows = {}
     for name, place in places.items():
         if PurePosixPath(name).name in ("metadata.jsonl", "metadata.csv"):
@@ -105,7 +109,7 @@ def _describe(places: dict[str, Place], prefix: str, pictures: list[Picture],
         skipped.append((prefix + name, "named in the metadata but not there"))
     for name, place in places.items():
         stem, extension = os.path.splitext(name)
-        if extension.lower() not in EXTENSIONS:
+        if extension.lower() not in endings:
             continue
         try:
             note = {}
@@ -117,14 +121,14 @@ def _describe(places: dict[str, Place], prefix: str, pictures: list[Picture],
             caption = " ".join(note.get("text", note.get("caption", re.sub("[-_]", " ", folder))).split())
             known = prefix + name, caption, note.get("style", ""), note.get("class", "")
             "".join(known).encode()  # a number or an invalid character ends here, not in a checkpoint
-            pictures.append(Picture(*known[:3], known[3] or folder or caption, place))
+            found.append(Found(*known[:3], known[3] or folder or caption, place))
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             reason = f"its name, caption, style or class is not readable text: {error}"
             skipped.append(((prefix + name).encode(errors="replace").decode(), reason))
 
 
 def _note(place: Place, extension: str) -> dict:
-    """What the .txt or .json beside a picture says of it; raises ValueError."""
+    """What the .txt or .json beside a file says of it; raises ValueError."""
     if place.length > MAX_NOTE_BYTES:
         raise ValueError(f"{place.length} bytes of caption, more than the {MAX_NOTE_BYTES} allowed")
     text = place.read().decode("utf-8-sig")
@@ -132,7 +136,7 @@ def _note(place: Place, extension: str) -> dict:
 
 
 def _metadata(shown: str, name: str, place: Place) -> Iterator[tuple[str, dict]]:
-    """(picture name, note) per row of metadata.jsonl or metadata.csv; raises InputError naming the row."""
+    """(file name, note) per row of metadata.jsonl or metadata.csv; raises InputError naming the row."""
     line = 0
     try:
         lines = io.StringIO(place.read().decode("utf-8-sig"), newline="")

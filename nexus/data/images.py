@@ -6,25 +6,23 @@ Letters: B pictures, H W pixels (H = W = size), C channels (1 grey or 3 RGB), N 
 import hashlib
 import io
 import json
-import os
 import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from typing import Callable, Iterable, NamedTuple
+from typing import Callable, ClassVar, Iterable, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nexus.data import shards
-from nexus.data.folders import Picture, find
+from nexus.data.folders import Found, find
+from nexus.data.opened import Files, nothing_usable
 from nexus.data.spec import EMBEDDED
-from nexus.data.split import PAIR_SHARE, fraction, held_out
+from nexus.data.split import SPLITS, chosen, held_out
 from nexus.errors import InputError, UsageError
 
-SPLITS = ("train", "pair", "concept", "all")
 STYLES = ("noto", "twemoji", "flat", "3d")  # of "emoji"; "emoji:outline" has to be asked for
 GROUPS = "-groups"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -36,7 +34,6 @@ MAX_BYTES = 64 * 2**20
 MIN_SIDE = 8  # pixels; smaller ones are tracking dots and placeholders
 KEEP_BYTES = 256 * 2**20  # a user's pictures stay in memory, resized, up to this much
 DEFAULT_SIZE = 64
-WHOLE_BELOW = 20  # a user's set with fewer pictures is not split
 
 _ONE_BIG_PICTURE = threading.Lock()  # 50 million pixels need half a gigabyte, so not in eight threads at once
 
@@ -54,6 +51,8 @@ class Facts(NamedTuple):
 
 class ImageSet:
     """Pictures with captions; labels [N] index facts.classes, style_ids [N] index facts.styles."""
+
+    medium: ClassVar[str] = "image"
 
     def __init__(self, facts: Facts, captions: list[str], labels: np.ndarray, style_ids: np.ndarray,
                  load: Callable[[int], np.ndarray], *, names: list[str], pad: int | None = None,
@@ -166,50 +165,28 @@ def _positions(values: list[str], table: tuple[str, ...]) -> np.ndarray:
     return np.array([places[value] for value in values], np.int64)
 
 
-def _open_found(spec: str, pictures: list[Picture], skipped: list[tuple[str, str]],
+def _open_found(spec: str, pictures: list[Found], skipped: list[tuple[str, str]],
                 size: int, channels: int, split: str) -> ImageSet:
-    # The set must not depend on the order in which a disk or tar lists it.
-    pictures.sort()
-    good, kept, digests = [], [], []
-    check = partial(_check, size=size, channels=channels)
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL warns of big pictures and odd metadata; `skipped` says it all
-        for picture, (image, outcome) in zip(pictures, pool.map(check, pictures)):
-            if image is None:
-                skipped.append((picture.name, outcome))
-                continue
-            good.append(picture)
-            digests.append(outcome)
-            kept.append(image if len(kept) * image.nbytes < KEEP_BYTES else None)
-    if not good:
-        first = f"; the first of {len(skipped)} skipped: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        raise InputError(f"no usable picture in {spec!r}, expected {', '.join(FORMATS)} files{first}",
-                         hint="point to a folder of pictures, or a plain .tar with name.png + name.txt pairs")
-    chosen = _choose([p.name for p in good], split, spec)
-    classes, styles = tuple(sorted({p.group for p in good})), tuple(sorted({p.style for p in good}))
-    digest = hashlib.sha256()
-    for i in chosen:
-        digest.update(json.dumps([*good[i][:4], digests[i]]).encode())
-    good, kept, digests = ([column[i] for i in chosen] for column in (good, kept, digests))
-    facts = Facts(classes, styles, size, channels, len(good), digest.hexdigest())
-    load = partial(_load, good, kept, digests, size, channels)
-    return ImageSet(facts, [p.caption for p in good], _positions([p.group for p in good], classes),
-                    _positions([p.style for p in good], styles), load, names=[p.name for p in good], skipped=skipped)
+        files = Files.opened(pictures, skipped, partial(_check, size=size, channels=channels), KEEP_BYTES)
+    if not files.found:
+        raise nothing_usable("picture", spec, ", ".join(FORMATS), skipped)
+    classes, styles = (tuple(sorted({getattr(p, name) for p in files.found})) for name in ("group", "style"))
+    files = files.part(chosen([p.name for p in files.found], split, spec))
+    facts = Facts(classes, styles, size, channels, len(files.found), files.digest())
+    return ImageSet(facts, [p.caption for p in files.found], _positions([p.group for p in files.found], classes),
+                    _positions([p.style for p in files.found], styles), partial(_load, files),
+                    names=[p.name for p in files.found], skipped=skipped)
 
 
-def _choose(names: list[str], split: str, spec: str) -> list[int]:
-    """Positions of the pictures in this split: a hashed tenth is "pair", the rest "train"."""
-    everything = list(range(len(names)))
-    if split == "all" or len(names) < WHOLE_BELOW:
-        return everything
-    if split == "concept":
-        raise InputError(f"{spec!r} has no 'concept' split", hint="use train, pair or all")
-    ranks = [fraction("file", name) for name in names]
-    bound = max(PAIR_SHARE, min(ranks) + 2**-48)  # at least one picture, however the hash falls
-    return [i for i in everything if (ranks[i] < bound) == (split == "pair")]
+def _load(files: Files, i: int) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said once, at opening
+        return files.get(i)
 
 
-def _check(picture: Picture, *, size: int, channels: int) -> tuple[np.ndarray | None, str]:
+def _check(picture: Found, *, size: int, channels: int) -> tuple[np.ndarray | None, str]:
     """(picture uint8 [H, W, C], sha256 of its bytes), or (None, why it cannot be used)."""
     try:
         if picture.place.length > MAX_BYTES:
@@ -220,20 +197,6 @@ def _check(picture: Picture, *, size: int, channels: int) -> tuple[np.ndarray | 
         return None, f"not a {', '.join(FORMATS)} picture"
     except Exception as error:  # a damaged picture makes PIL raise nearly anything; the reason is kept
         return None, " ".join(str(error).split()) or type(error).__name__
-
-
-def _load(pictures: list[Picture], kept: list[np.ndarray | None], digests: list[str],
-          size: int, channels: int, i: int) -> np.ndarray:
-    if kept[i] is not None:
-        return kept[i]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said once, at opening
-        image, outcome = _check(pictures[i], size=size, channels=channels)
-    if image is None or outcome != digests[i]:
-        reason = outcome if image is None else "its bytes changed"
-        raise InputError(f"picture {pictures[i].name!r} is not what it was when the set was opened: {reason}",
-                         hint="keep the data set unchanged while a run reads it")
-    return image
 
 
 def _decode(data: bytes, size: int, channels: int) -> np.ndarray:

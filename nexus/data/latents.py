@@ -1,10 +1,12 @@
-"""A whole picture set encoded once, for training on a codec's latents."""
+"""A whole set of pictures or sounds encoded once, for training on what a codec makes of it."""
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from nexus.data.audio import AudioSet, crop, drawn_places
 from nexus.data.images import ImageSet
 from nexus.rng import generator
 
@@ -40,3 +42,32 @@ class LatentSet:
         which = torch.randint(len(self._latents), (len(indices),), generator=rng)
         stacked = torch.stack([self._latents[v][i] for v, i in zip(which.tolist(), indices, strict=True)])
         return {"latent": stacked, **self.images.labels_of(indices)}
+
+
+class CodeSet:
+    """Batches like those of its AudioSet, with "codes" [B, K, F] int64 beside "audio" (the same places of the sounds).
+
+    encode: sounds [1, C, T] in [-1, 1] -> ids [1, K, F] < 2^15. Every sound is encoded whole, once; a batch takes the
+    frames of one crop's length at places drawn from rng, and the samples there, to within a frame.
+    """
+
+    def __init__(self, sounds: AudioSet, encode: Callable[[Tensor], Tensor], *,
+                 watch: Callable[[int, int], None] = lambda done, total: None):
+        self.sounds, self.facts = sounds, sounds.facts
+        self._codes = []
+        self.frames = encode(torch.zeros(1, sounds.facts.channels, sounds.length)).shape[-1]
+        for i in range(len(sounds)):
+            whole = sounds.get(i)
+            long_enough = torch.from_numpy(crop(whole, max(sounds.length, whole.shape[-1]), 0.0))
+            self._codes.append(encode(long_enough[None])[0].to("cpu", torch.int16).numpy())
+            watch(i + 1, len(sounds))
+
+    def __len__(self) -> int:
+        return len(self.sounds)
+
+    def batch(self, indices: list[int], rng: torch.Generator) -> dict:
+        """The codes, samples and labels of some sounds."""
+        places = drawn_places(len(indices), rng)
+        codes = [crop(self._codes[i], self.frames, place) for i, place in zip(indices, places, strict=True)]
+        return {"codes": torch.tensor(np.stack(codes), dtype=torch.int64), "audio": self.sounds.crops(indices, places),
+                **self.sounds.labels_of(indices)}

@@ -1,4 +1,4 @@
-"""What `--data` means: one picture set, or two of different kinds; plain text, so that it costs no import."""
+"""What `--data` means: one set, or two of different kinds of pictures; plain text, so that it costs no import."""
 
 import os
 
@@ -6,6 +6,7 @@ from nexus.errors import UsageError
 
 EMBEDDED = ("emoji", "emoji-groups", "mnist")
 SETS = ", ".join(EMBEDDED) + ", a folder of pictures, or .tar files"
+SOUND_SETS = "a folder of sound files, or .tar files"
 
 
 def split_spec(text: str) -> tuple[str, ...]:

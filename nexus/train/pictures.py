@@ -1,4 +1,4 @@
-"""Pictures of fixed seeds at points of a training run."""
+"""Pictures of fixed seeds at points of a training run; of sounds, their spectrograms."""
 
 import math
 from collections.abc import Iterator
@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from nexus.images import contact_sheet, write_image
-from nexus.media import to_uint8
+from nexus.media import Media, to_uint8
 from nexus.requests import SampleRequest
+from nexus.sounds import write_sound
+from nexus.spectrograms import spectrogram
 from nexus.train.ema import swap
 from nexus.train.report import write_report
 from nexus.train.state import TrainState
@@ -20,6 +23,7 @@ from nexus.train.state import TrainState
 __all__ = ["prompts_of", "sheet", "write_report", "write_samples"]
 
 TOGETHER = 16       # seeds of one prompt generated at once
+SPECTROGRAM = 480   # pixels at most
 SHOWN = 128         # small pictures are enlarged to about this many pixels, without smoothing
 
 
@@ -27,21 +31,24 @@ def write_samples(state: TrainState, run: Path, device: torch.device, pictures: 
     """Write RUN/samples/step-NNNNNNN.webp: seeds 0 .. args.samples - 1 with the averaged weights.
 
     Of a system that translates pictures: the first of `pictures` (its data set), each beside what is made of it.
+    Of one that makes sound: spectrograms, for captions of its data set, and beside them a .flac of all the sounds.
 
     Weights, train/eval modes and PyTorch's random streams are left as they were. A system cut over ranks (FSDP2)
     makes no pictures, since one rank alone cannot run it. Raises OutputError.
     """
     cut = any(isinstance(p, DTensor) for p in state.system.parameters())
     if state.args.samples and not cut:
-        prompts = prompts_of(state.system, state.args.samples)
+        prompts = prompts_of(state.system, state.args.samples, pictures)
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), _averaged(state):
-            images = _translated(state, pictures, device) if hasattr(state.system, "translate") else \
-                [image for part in _groups(prompts) for image in _made(state.system, *part)]
+            made = [] if hasattr(state.system, "translate") else [_made(state.system, *p) for p in _groups(prompts)]
+            images = [image for media in made for image in shown(media)] or _translated(state, pictures, device)
         times = max(1, SHOWN // images[0].shape[0])
         images = [image.repeat(times, 0).repeat(times, 1) for image in images]
         joined = contact_sheet(images, math.ceil(math.sqrt(len(images))), prompts if prompts[0] else None)
         record = {"step": state.step, "seeds": list(range(len(images))), "prompts": prompts}
+        if made and made[0].kind == "audio":
+            _write_sound(made, sheet(run, state.step).with_suffix(".flac"), record)
         write_image(sheet(run, state.step), joined, record, exists="overwrite")
 
 
@@ -50,10 +57,15 @@ def sheet(run: Path, step: int) -> Path:
     return run / "samples" / f"step-{step:07d}.webp"
 
 
-def prompts_of(system: nn.Module, count: int) -> list[str | None]:
-    """`count` prompts spread evenly over the class names that a system knows; all None when it knows none."""
-    config = getattr(getattr(system, "conditioner", None), "config", None)
-    names = getattr(config, "classes", ()) or getattr(getattr(config, "encoder", None), "words", ())
+def prompts_of(system: nn.Module, count: int, data: Any = None) -> list[str | None]:
+    """`count` prompts spread evenly over the class names that a system knows; all None when it knows none.
+
+    Of a system of sounds, over the captions of its data.
+    """
+    conditioner = getattr(system, "conditioner", None)
+    config = getattr(conditioner, "config", None)
+    names = data.captions if conditioner is not None and getattr(data, "medium", "") == "audio" else \
+        getattr(config, "classes", ()) or getattr(getattr(config, "encoder", None), "words", ())
     if not names:
         return [None] * count
     return [names[i * len(names) // count] for i in range(count)]
@@ -81,8 +93,22 @@ def _translated(state: TrainState, pictures: Any, device: torch.device) -> list:
     return shown
 
 
-def _made(system: nn.Module, prompt: str | None, seeds: list[int]) -> list:
-    return list(to_uint8(system.generate(SampleRequest(prompt=prompt), seeds=seeds).data))
+def _made(system: nn.Module, prompt: str | None, seeds: list[int]) -> Media:
+    return system.generate(SampleRequest(prompt=prompt), seeds=seeds)
+
+
+def shown(media: Media) -> list:
+    """What is looked at of each item: uint8 [H, W, C]."""
+    if media.kind == "audio":
+        return [spectrogram(sound, media.rate, SPECTROGRAM) for sound in media.data.float().cpu()]
+    return list(to_uint8(media.data))
+
+
+def _write_sound(made: list[Media], path: Path, record: dict) -> None:
+    """All sounds one after the other, each with a rest before the next."""
+    rate = made[0].rate
+    rested = [F.pad(sound.float().cpu(), (0, rate // 4)) for media in made for sound in media.data]
+    write_sound(path, torch.cat(rested, 1).numpy(), rate, record, exists="overwrite")
 
 
 @contextmanager

@@ -164,7 +164,13 @@ def _samples(facts: Facts) -> str:
              f'value="{last}" aria-label="training step"><output>{_label(chosen[-1])}</output></div>' if last else "")
     about = '<p class="quiet">The same seeds and prompts every time, with the averaged weights.</p>'
     return _section("Samples", f'<div class="card" {"data-scrub" if last else ""}><div class="stage">{"".join(frames)}'
-                               f"</div>{scrub}</div>{about}")
+                               f"</div>{scrub}{_player(chosen[-1])}</div>{about}")
+
+
+def _player(sheet: Path) -> str:
+    """The sounds that the newest sheet shows, if it shows sounds."""
+    sound = sheet.with_suffix(".flac")
+    return f'<audio controls preload="none" src="samples/{escape(sound.name)}"></audio>' if sound.exists() else ""
 
 
 def _label(sheet: Path) -> str:

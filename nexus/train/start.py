@@ -12,9 +12,9 @@ from nexus import __version__, catalog, checkpoint
 from nexus.atomic import write_text
 from nexus.config import Config
 from nexus.convert.lora_run import like_base
-from nexus.data.domains import open_data
+from nexus.data.domains import open_for
 from nexus.data.images import ImageSet
-from nexus.data.latents import LatentSet
+from nexus.data.latents import CodeSet, LatentSet
 from nexus.data.order import indices
 from nexus.errors import InputError, UsageError
 from nexus.nn.lora import LoRAConfig
@@ -118,12 +118,11 @@ def _train(system, data, run, device, world, preset, file, overrides, flags, ini
                     loras.settings(system, lora, preset, file or {}, overrides, flags) if lora else
                     resolve(system, preset=preset, file=file, overrides=overrides, flags=flags))
     _check_split(args, world.size)
-    images = open_data(data, size=getattr(config, "image_size", None), domains=getattr(config, "domains", None),
-                       channels=getattr(config, "image_channels", None))
+    images = open_for(config, data)
     for name, reason in images.skipped[:20]:
         report(f"skipped {name}: {reason}")
     if images.skipped:
-        report(f"{len(images.skipped)} files were skipped, {len(images)} pictures are used")
+        report(f"{len(images.skipped)} files were skipped, {len(images)} are used")
     config = config if lora else (config if begun else like_base(config)).adapt(images.facts)
     if begun:
         init = _check_same(run, config, args, init, images.facts.digest)
@@ -220,11 +219,14 @@ def _batches(images: ImageSet, system: torch.nn.Module, args: TrainArgs, run: Pa
     if prepared is not None:
         source, augment = prepared, {}
     elif args.cache_latents:
-        def encode(pictures: torch.Tensor) -> torch.Tensor:
+        def encode(x: torch.Tensor) -> torch.Tensor:
             with torch.no_grad(), autocast(args.precision, device):
-                return system.encode(pictures.to(device))
-        source = LatentSet(images, encode, **augment, variants=args.variants,
-                           watch=lambda done, total: progress({"encoded": done, "of": total}))
+                return system.encode(x.to(device))
+
+        def watch(done: int, total: int) -> None:
+            progress({"encoded": done, "of": total})
+        source = CodeSet(images, encode, watch=watch) if images.medium == "audio" else \
+            LatentSet(images, encode, **augment, variants=args.variants, watch=watch)
         augment = {}
 
     def batch_at(position: int, size: int, rng: torch.Generator) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = ("train", "sample", "convert", "eval", "models", "info", "gallery", "doctor", "help")
+COMMANDS = ("train", "sample", "music", "convert", "eval", "models", "info", "gallery", "doctor", "help")
 HEAVY = ("torch", "PIL", "numpy", "safetensors")
 
 
@@ -38,6 +38,12 @@ def loaded(arguments: list[str], cwd) -> tuple[int, list[str]]:
     (["train", "ddpm", "--data", "emoji", "--run", "r", "--init", "no/model"], 4),
     (["convert", "none", "b"], 4), (["convert", "there.png", "there.png"], 6), (["info", "none.safetensors"], 3),
     (["eval", "fid", "--samples", "none"], 3), (["gallery", "none"], 3),
+    (["music"], 2), (["music", "-p", "x", "--key", "H"], 2), (["music", "-p", "x", "--bpm", "0"], 2),
+    (["music", "-p", "x", "--melody", "none.wav"], 3), (["music", "-p", "x", "--continue", "none.wav"], 3),
+    (["music", "-p", "x", "--bits", "24", "-o", "a.mp3"], 2), (["music", "-p", "x", "-m", "no/model"], 4),
+    (["music", "-p", "x", "--format", "wav", "-o", "a.mp3"], 2), (["music", "-p", "x", "-m", "dit"], 2),
+    (["music", "-p", "x", "--duration", "2h"], 2), (["music", "-p", "x", "--loudness", "3"], 2),
+    (["info", "none.wav"], 3), (["train", "encodec", "--data", "none", "--run", "r"], 3),
 ])
 def test_no_torch_for_help_and_mistakes(tmp_path, arguments, code):
     (tmp_path / "there.png").write_bytes(b"")

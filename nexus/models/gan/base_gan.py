@@ -19,7 +19,8 @@ class GANConfig(AdversarialConfig):
         "dcgan": {},
         "emoji": _MODERN | {"net": _EMOJI_NET, "critic": _EMOJI_NET, "r1": 2.0, "r2": 2.0},
         "digits": {"net": {"kind": "dcgan", "size": 32, "channels": 1, "width": 32, "latents": 64},
-                   "critic": {"kind": "dcgan", "width": 32, "norm": "none"}, "loss": "relativistic", "r1": 1.0, "r2": 1.0},
+                   "critic": {"kind": "dcgan", "width": 32, "norm": "none"},
+                   "loss": "relativistic", "r1": 1.0, "r2": 1.0},
     }
     default_preset: ClassVar[str] = "emoji"
     recipes: ClassVar[dict[str, dict]] = {
