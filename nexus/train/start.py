@@ -128,6 +128,8 @@ def _train(system, data, run, device, world, preset, file, overrides, flags, ini
         init = _check_same(run, config, args, init, images.facts.digest)
     else:
         init = init or getattr(config, "teacher", None) or getattr(config, "base", None)    # a student starts as it
+        if init is None and getattr(config, "goes_on", False):
+            raise UsageError("these settings go on with a trained model, and none is named", hint="--init MODEL")
     built = _built(system, config, args, run, init, lora, report)
     built = shard(built.to(device), args, world, device)
     facts = {"train": args.to_json(), "data": data, "data_digest": images.facts.digest, "nexus": __version__,

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from nexus.errors import InputError
+from nexus import checkpoint
+from nexus.errors import InputError, UsageError
 from nexus.models.cv.vae.vae import VAEConfig
 from nexus.rng import generator
+from nexus.train.start import train
+from tests.drawn import drawn
 
 
 def built(**changes):
@@ -40,6 +43,20 @@ def test_noise_is_drawn_up_to_its_most_and_differs_between_pictures():
     assert spread.mean() == pytest.approx(0.25, abs=0.03)           # uniform in [0, 0.5]
     system.rebuild(x, None)
     assert torch.equal(seen[2], mean)                               # what is judged is judged without noise
+
+
+def test_it_has_to_begin_with_a_trained_codec(tmp_path):
+    data = drawn(tmp_path / "data", ["x"], count=4, side=16)
+    flags = {"steps": 1, "batch_size": 2, "samples": 0}
+    with pytest.raises(UsageError, match="go on with a trained model") as caught:
+        train("vae", data=str(data), run=tmp_path / "run", preset="tiny-decoder", flags=flags, device="cpu")
+    assert "--init" in caught.value.hint
+    train("vae", data=str(data), run=tmp_path / "codec", preset="tiny-codec", flags=flags, device="cpu")
+    train("vae", data=str(data), run=tmp_path / "run", preset="tiny-decoder", flags=flags, device="cpu",
+          init=str(tmp_path / "codec"))
+    before, after = (checkpoint.load(str(tmp_path / name), device="cpu").net.state_dict() for name in ("codec", "run"))
+    changed = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder"}
 
 
 def test_only_a_codec_has_a_decoder_of_its_own():

@@ -98,6 +98,11 @@ class VAEConfig(Config):
         return self
 
     @property
+    def goes_on(self) -> bool:
+        """Whether training has to begin with a trained model: a random encoder's latents are not worth decoding."""
+        return self.decoder_only
+
+    @property
     def image_size(self) -> int:
         """Side of the pictures it is trained on, in pixels."""
         return self.net.size
