@@ -14,7 +14,7 @@ import torch
 from nexus import __version__, catalog, checkpoint, turns
 from nexus.errors import DeviceError, InputError, UsageError
 from nexus.media import Media, to_uint8
-from nexus.requests import OWN, SampleRequest
+from nexus.requests import OWN, SampleRequest, refuse
 from nexus.stored import default_model
 
 __all__ = ["Item", "evaluate", "load", "model_info", "models", "sample", "to_uint8", "train", "verify"]
@@ -149,10 +149,8 @@ def _made(system: torch.nn.Module, request: SampleRequest, seeds: list[int], bat
 
 def _check_own(system: torch.nn.Module, request: SampleRequest) -> None:
     """UsageError for a setting of some systems alone that this one would ignore."""
-    for name in OWN:
-        if getattr(request, name) is not None and name not in getattr(system, "takes", ()):
-            flag = "--" + {"continued": "continue"}.get(name, name).replace("_", "-")
-            raise UsageError(f"{flag}: this system has no use for it", hint=f"leave {flag} out")
+    others = SampleRequest.model_fields.keys() - set(OWN)
+    refuse(request, others | set(getattr(system, "takes", ())), "this system has no use for it")
 
 
 @contextlib.contextmanager

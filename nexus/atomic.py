@@ -1,4 +1,4 @@
-"""The one writer: a file or folder appears whole under its final name, or not at all."""
+"""The one writer: a file or folder appears whole under its final name, or not at all; and the reader of given files."""
 
 import contextlib
 import ctypes
@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from nexus.errors import OutputError
+from nexus.errors import InputError, OutputError
 
 CHUNK = 16 * 2**20
 _NOREPLACE, _EXCHANGE, _AT_FDCWD = 1, 2, -100
@@ -321,6 +321,24 @@ def _free(path: Path) -> int:
         with contextlib.suppress(OSError):
             return shutil.disk_usage(folder).free
     return 0
+
+
+def read_given(source: str | os.PathLike | bytes, noun: str, most: int) -> bytes:
+    """The bytes of a file that a user gave, at most `most` + 1 of them; of one in memory all.
+
+    noun: what it should be ("picture"), for the InputError that says why it cannot be read.
+    """
+    if isinstance(source, bytes):
+        return source
+    try:
+        if os.path.isdir(source):
+            raise InputError(f"{source} is a folder, not a {noun}")
+        if not os.path.isfile(source):
+            raise InputError(f"there is no {noun} '{source}'", hint="check the path")
+        with open(source, "rb") as file:
+            return file.read(most + 1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read '{source}': {getattr(error, 'strerror', None) or error}") from None
 
 
 def cache_folder(name: str) -> Path:

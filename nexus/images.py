@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
-from nexus.atomic import write_bytes
+from nexus.atomic import read_given, write_bytes
 from nexus.errors import InputError, UsageError
 
 SCHEMA = "nexus/1"
@@ -55,7 +55,7 @@ def _short(error: BaseException) -> str:
 def _opened(source) -> Iterator[tuple[Image.Image, str]]:
     """A picture file of an allowed kind and size, its pixels not yet decoded, and what to call it."""
     name = "the picture on stdin" if isinstance(source, bytes) else str(source)
-    data = source if isinstance(source, bytes) else _read_file(source)
+    data = read_given(source, "picture", FILE_LIMIT)
     if len(data) > FILE_LIMIT:
         raise InputError(f"{name}: {len(data):,} bytes is too large (limit {FILE_LIMIT:,})")
     with warnings.catch_warnings():
@@ -71,18 +71,6 @@ def _opened(source) -> Iterator[tuple[Image.Image, str]]:
                              hint="PNG, JPEG, WebP, GIF, BMP and TIFF are") from None
         with image:
             yield image, name
-
-
-def _read_file(path) -> bytes:
-    try:
-        if os.path.isdir(path):
-            raise InputError(f"{path} is a folder, not a picture")
-        if not os.path.isfile(path):
-            raise InputError(f"there is no picture '{path}'", hint="check the path")
-        with open(path, "rb") as file:
-            return file.read(FILE_LIMIT + 1)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read '{path}': {getattr(error, 'strerror', None) or error}") from None
 
 
 def _plain(image: Image.Image, mode: str) -> np.ndarray:

@@ -18,5 +18,9 @@ class Media(NamedTuple):
 
 def to_uint8(data: Any) -> Any:
     """Pictures [..., C, H, W] in [-1, 1], a Tensor on any device -> uint8 ndarray [..., H, W, C], to the nearest."""
-    scaled = (data.detach().float().cpu().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().byte().movedim(-3, -1).numpy()
+    return levels(data).byte().movedim(-3, -1).numpy()
+
+
+def levels(data: Any) -> Any:
+    """A Tensor in [-1, 1] as a file would hold it: whole numbers of [0, 255], float32 on the CPU."""
+    return ((data.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round()

@@ -13,6 +13,7 @@ FIELDS = ("n", "seed", "model", "prompt", "id", "hash", "date", "ext")
 DEFAULT = "outputs/{date}-{model}-{seed}-{n:03d}.{ext}"
 SLUG_BYTES = 120
 PROMPT_LIMIT = 10_000
+FLAGS = {"continued": "continue"}       # settings that flags and batch rows call otherwise
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|%%|%(0?[0-9]{0,2})d")
 _WIDTH = re.compile(r"(0?)([0-9]{1,2})d")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
@@ -27,6 +28,11 @@ class Field(NamedTuple):
 
 
 Template = tuple[str | Field, ...]
+
+
+def flag_of(setting: str) -> str:
+    """A setting as the command line writes it."""
+    return f"--{FLAGS.get(setting, setting).replace('_', '-')}"
 
 
 def parse_template(text: str) -> Template:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from nexus.config import Config
 from nexus.errors import UsageError
+from nexus.naming import flag_of
 
 SAMPLERS = ("ddpm", "ddim", "euler", "euler-a", "heun", "midpoint", "rk4", "dopri5", "dpmpp-2m", "dpmpp-2m-sde",
             "dpmpp-3m-sde", "unipc")
@@ -57,6 +58,7 @@ class SampleRequest(Config):
     control_image: str | None = None                        # a file: what the ControlNet is shown, as it is
     control_scale: float | None = Field(None, ge=0, le=10)
     lora: tuple[str, ...] | None = None                     # FILE or FILE:WEIGHT each
+    embedding: tuple[str, ...] | None = None                # textual inversion: FILE or FILE:WORD each
     duration: float | None = Field(None, gt=0, le=3600)     # seconds of sound
     temperature: float | None = Field(None, ge=0, le=100)   # of drawn tokens; 0 = the likeliest
     top_k: int | None = Field(None, ge=0, le=65_536)        # draw among so many tokens; 0 = all
@@ -64,7 +66,6 @@ class SampleRequest(Config):
     guidance_style: float | None = Field(None, ge=0, le=1000)       # the outer scale of double guidance
     melody: str | None = None                               # a sound file whose chroma is followed
     continued: str | None = None                            # a sound file that is gone on with
-    embedding: tuple[str, ...] | None = None                # textual inversion: FILE or FILE:WORD each
 
     @field_validator("outpaint", mode="before")
     @classmethod
@@ -122,8 +123,7 @@ def refuse(request: SampleRequest, takes: Collection[str], why: str) -> None:
     """UsageError naming the flag of a setting that is given but not among those a model takes; why: of the model."""
     for name, field in SampleRequest.model_fields.items():
         if name not in takes and getattr(request, name) != field.get_default(call_default_factory=True):
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag}: {why}", hint=f"leave {flag} out")
+            raise UsageError(f"{flag_of(name)}: {why}", hint=f"leave {flag_of(name)} out")
 
 
 def check_guidance(given: Mapping) -> None:
@@ -131,7 +131,7 @@ def check_guidance(given: Mapping) -> None:
     kind = given.get("guidance_kind") or "cfg"
     for name, kinds in NEEDS_KIND.items():
         if given.get(name) is not None and kind not in kinds:
-            raise UsageError(f"--{name.replace('_', '-')} has no meaning with --guidance-kind {kind}",
+            raise UsageError(f"{flag_of(name)} has no meaning with --guidance-kind {kind}",
                              hint="it goes with --guidance-kind " + " or ".join(kinds))
     if kind in NEEDS_KIND["guide_model"] and given.get("guide_model") is None:
         what = "a weaker version of the model" if kind == "autoguidance" else "a classifier of noisy pictures"

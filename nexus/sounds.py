@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
-from nexus.atomic import write_bytes
+from nexus.atomic import read_given, write_bytes
 from nexus.errors import InputError, UsageError
 from nexus.images import SCHEMA
 
@@ -47,11 +47,21 @@ def read_sound(path: str | os.PathLike | bytes, rate: int | None = None, channel
     rate, channels: what it is brought to, None = as in the file. Of two channels one is their mean, of one channel
     two are the same twice; of more than two the first two, or the mean of all. Allowed: WAV, FLAC, OGG, MP3, AIFF.
     """
-    return decode(_read_file(path), rate, channels, name=_named(path))
+    return heard(path, rate, channels)[0]
+
+
+def heard(path: str | os.PathLike | bytes, rate: int | None = None,
+          channels: int | None = None) -> tuple[np.ndarray, Facts]:
+    """`read_sound`, and what the file says of itself, from one reading."""
+    return _decoded(read_given(path, "sound", FILE_LIMIT), rate, channels, _named(path))
 
 
 def decode(data: bytes, rate: int | None = None, channels: int | None = None, *, name: str = "the sound") -> np.ndarray:
     """`read_sound` of a file in memory; name: what it is called in errors."""
+    return _decoded(data, rate, channels, name)[0]
+
+
+def _decoded(data: bytes, rate: int | None, channels: int | None, name: str) -> tuple[np.ndarray, Facts]:
     with _opened(data, name) as file:
         found = _checked(file, name)
         try:
@@ -63,13 +73,13 @@ def decode(data: bytes, rate: int | None = None, channels: int | None = None, *,
     if not np.isfinite(sound).all():
         raise InputError(f"{name}: some of its samples are no numbers", hint="save it anew")
     sound = np.clip(resampled(_with_channels(sound, channels or found.channels), found.rate, rate or found.rate), -1, 1)
-    return np.ascontiguousarray(sound, np.float32)
+    return np.ascontiguousarray(sound, np.float32), found
 
 
 def facts(path: str | os.PathLike | bytes) -> Facts:
     """What a sound file says of itself; InputError when it cannot be read."""
     name = _named(path)
-    with _opened(_read_file(path), name) as file:
+    with _opened(read_given(path, "sound", FILE_LIMIT), name) as file:
         return _checked(file, name)
 
 
@@ -79,20 +89,6 @@ def _named(path) -> str:
 
 def _short(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:120] or type(error).__name__
-
-
-def _read_file(path) -> bytes:
-    if isinstance(path, bytes):
-        return path
-    try:
-        if os.path.isdir(path):
-            raise InputError(f"{path} is a folder, not a sound")
-        if not os.path.isfile(path):
-            raise InputError(f"there is no sound '{path}'", hint="check the path")
-        with open(path, "rb") as file:
-            return file.read(FILE_LIMIT + 1)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read '{path}': {getattr(error, 'strerror', None) or error}") from None
 
 
 def _opened(data: bytes, name: str) -> soundfile.SoundFile:
@@ -243,7 +239,7 @@ def read_record(path: str | os.PathLike | bytes) -> dict | None:
 
     It comes from outside: a JSON object of at most 4 MB, and nothing in it is to be trusted.
     """
-    data = _read_file(path)
+    data = read_given(path, "sound", FILE_LIMIT)
     with _opened(data, _named(path)) as file:
         text = _wav_comment(data) if data.startswith(b"RIFF") else file.comment
     try:

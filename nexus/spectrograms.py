@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus.losses.spectral import mel_filters, stft
+from nexus.losses.spectral import mel_filters
+from nexus.nn.stft import stft
 
 BANDS = 128                             # of pitch: the picture's height in pixels
 WIDEST = 1600                           # pixels; up to it, FINE of them a second

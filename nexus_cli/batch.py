@@ -13,7 +13,6 @@ from nexus.errors import InputError, ModelError, NexusError, UsageError
 FILE_LIMIT = 64 * 2**20
 LINE_LIMIT = 2**20
 PATH_KEYS = ("image", "mask", "initial_noise", "control_image", "melody", "continued")
-FLAGS = {"continued": "continue"}             # where a setting is called otherwise by flags and rows
 FILE_LISTS = ("lora", "embedding")              # each entry a file, with a weight or a word after a colon
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 OWN_KEYS = ("seed", "num", "id", "output")
@@ -143,7 +142,7 @@ def _row(line: int, value: dict | str, base: Path, path: str) -> Row:
 
 def _checked(value: dict, base: Path) -> tuple[dict, dict]:
     """Settings and own keys of one row, validated alone; InputError for an unknown key or a bad value."""
-    from nexus.naming import clean_text
+    from nexus.naming import FLAGS, clean_text
     from nexus.requests import SampleRequest
     known = {flag: key for key, flag in FLAGS.items()}
     settings = {known.get(key, key): value[key] for key in value if key not in OWN_KEYS}

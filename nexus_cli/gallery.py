@@ -85,9 +85,10 @@ def _seen(path: Path):
     if not SOUNDS.ends(path):
         from nexus.images import read_image
         return read_image(path)
-    from nexus import sounds
+    from nexus.sounds import heard
     from nexus.spectrograms import spectrogram
-    return spectrogram(sounds.read_sound(path), sounds.facts(path).rate, SIDE)
+    array, found = heard(path)
+    return spectrogram(array, found.rate, SIDE)
 
 
 def _thumb(array):

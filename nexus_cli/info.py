@@ -56,7 +56,7 @@ def describe(path: Path) -> dict:
 def _sound(path: Path) -> dict:
     from nexus import sounds
     from nexus.loudness import loudness
-    found, array = sounds.facts(path), sounds.read_sound(path)
+    array, found = sounds.heard(path)
     length = f"{found.samples / found.rate:.2f} s, {found.channels} x {found.rate} samples a second, {found.form}"
     return {"sound": length, "loudness (LUFS)": round(loudness(array, found.rate), 1),
             "peak": round(float(abs(array).max()), 4), **(sounds.read_record(path) or {"settings": "none stored"})}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nexus.atomic import check_target
 from nexus.errors import InputError, ModelError, PartialError, UsageError
+from nexus.naming import flag_of
 from nexus_cli import batch as batches
 from nexus_cli import jobs as planning
 from nexus_cli import parse
@@ -20,11 +21,6 @@ from nexus_cli.output import Output, strict_json
 PROMPT_BYTES = 2**20
 CLASHES = (("prompt", "prompt_file"), ("seed", "seeds"), ("force", "exists"), ("quiet", "show"), ("batch", "show"))
 NEEDS = (("batch", "shard"), ("batch", "limit"), ("batch", "on_error"))
-
-
-def flag_of(name: str) -> str:
-    """A setting as the command line writes it."""
-    return f"--{batches.FLAGS.get(name, name).replace('_', '-')}"
 
 
 def check_flags(flags: dict, kind: Kind, *, clashes: Iterable[tuple[str, str]] = (),

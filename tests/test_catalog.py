@@ -18,17 +18,10 @@ from nexus.requests import SampleRequest
 from nexus.train.start import train
 from tests.drawn import drawn, sung
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = {"steps": 2, "batch_size": 4, "accumulate": 1, "save_every": 1, "log_every": 1, "samples": 2}
 
 every_system = pytest.mark.parametrize("name", CATALOG)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -143,20 +143,20 @@ def _open_embedded(name: str, size: int | None, channels: int | None, split: str
     else:
         part = ["pair" if item["split"] == "test" else "train" for item in items]
         group, classes, styles, pad = {}, DIGITS, ("",), 0
-    chosen = [i for i, p in enumerate(part) if p and split in (p, "all")]
-    if not chosen:
+    places = [i for i, p in enumerate(part) if p and split in (p, "all")]
+    if not places:
         raise InputError(f"{name} has no {split!r} split", hint="use train, pair or all")
     digest = hashlib.sha256(json.dumps(group, sort_keys=True).encode() if group else b"")
-    for i in chosen:
+    for i in places:
         digest.update(json.dumps(items[i], sort_keys=True).encode() + pictures[i].tobytes())
     size, channels = size or pictures.shape[1], channels or pictures.shape[3]
-    kept = pictures[chosen]
+    kept = pictures[places]
     if (size, channels) != (pictures.shape[1], pictures.shape[3]):
         kept = np.stack([_fit(Image.fromarray(x.squeeze()), size, channels) for x in kept])
-    captions = [items[i]["caption"] for i in chosen]
+    captions = [items[i]["caption"] for i in places]
     labels = _positions([group.get(caption, caption) for caption in captions], classes)
-    style_ids = _positions([items[i].get("style", "") for i in chosen], styles)
-    facts = Facts(classes, styles, size, channels, len(chosen), digest.hexdigest())
+    style_ids = _positions([items[i].get("style", "") for i in places], styles)
+    facts = Facts(classes, styles, size, channels, len(places), digest.hexdigest())
     return ImageSet(facts, captions, labels, style_ids, kept.__getitem__, names=captions, pad=pad)
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from nexus.errors import ModelError
-from nexus.evaluate.pictures import psnr, ssim, whole
+from nexus.evaluate.pictures import psnr, ssim
+from nexus.media import levels
 from nexus.rng import generator
 
 
@@ -45,7 +46,7 @@ def reconstruction(system: nn.Module, batches: Iterable[dict], *, seed: int,
     weight, done, columns = next(system.parameters()), 0, {}
     for batch in batches:
         x = batch["image"].to(weight)
-        before, after = (whole(pictures) for pictures in (x, own.rebuild(system, x)))
+        before, after = (levels(pictures) for pictures in (x, own.rebuild(system, x)))
         rebuilt(after.byte().movedim(1, -1).numpy())
         found = {"psnr": psnr(before, after), "ssim": ssim(before, after)}
         per_bit = math.log(2) * math.prod(x.shape[1:])

@@ -46,8 +46,3 @@ def _check(x: Tensor, y: Tensor, side: int) -> None:
         raise InputError(f"pictures of shape {list(x.shape)} and {list(y.shape)} cannot be compared")
     if min(x.shape[2:]) < side:
         raise InputError(f"pictures of {x.shape[3]}x{x.shape[2]} pixels are too small, {side} a side expected")
-
-
-def whole(x: Tensor) -> Tensor:
-    """Pictures in [-1, 1] as a file would hold them: whole numbers of [0, 255], float32 on the CPU."""
-    return ((x.float().cpu().clamp(-1, 1) + 1) * 127.5).round()

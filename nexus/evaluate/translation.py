@@ -12,7 +12,8 @@ from nexus.data.spec import split_spec
 from nexus.errors import UsageError
 from nexus.evaluate.bootstrap import DRAWS, mean_interval
 from nexus.evaluate.judge import order
-from nexus.evaluate.pictures import psnr, ssim, whole
+from nexus.evaluate.pictures import psnr, ssim
+from nexus.media import levels
 
 Numbers = dict[str, dict[str, float]]
 
@@ -59,7 +60,7 @@ def measured(system: nn.Module, data: str, *, split: str, count: int, seed: int,
                 found.setdefault(f"cycle l1, {way}", []).append(cycle)
             for name, picture in (("", made), (", untouched", given), (", grey", grey(given))):
                 for measure, of in (("ssim", ssim), ("psnr (dB)", psnr)):
-                    found.setdefault(f"{measure}, {way}{name}", []).append(of(whole(picture), whole(right)))
+                    found.setdefault(f"{measure}, {way}{name}", []).append(of(levels(picture), levels(right)))
         watch(start + len(rows), len(chosen))
     facts = {"data": data, "split": split, "pairs": len(chosen), "digests": [a.facts.digest, b.facts.digest],
              "picture_size": a.facts.size, "seed": seed, "interval": f"95 %, bootstrap over pictures, {DRAWS} draws"}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nexus.nn.precision import full_precision
+from nexus.nn.stft import stft
 
 FLOOR = 1e-5                # of what a logarithm is taken of
 
@@ -28,15 +29,6 @@ def mel_filters(rate: int, window: int, bands: int, low: float = 0.0, high: floa
     past, width = bins - edges[:, None], edges.diff()[:, None]
     rising, falling = past[:-2] / width[:-1], -past[2:] / width[1:]
     return torch.minimum(rising, falling).clamp_min(0).float()
-
-
-def stft(x: Tensor, window: int, hop: int | None = None) -> Tensor:
-    """x [N, T] -> complex [N, window // 2 + 1, frames]: a Hann window of unit energy, a quarter of it a step.
-
-    Its ends are mirrored, so T has to be above window // 2.
-    """
-    hann = torch.hann_window(window, device=x.device)
-    return torch.stft(x.float(), window, hop or window // 4, window=hann / hann.norm(), return_complex=True)
 
 
 def mel_spectrogram(x: Tensor, rate: int, window: int, bands: int = 64) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from nexus.config import Config
+from nexus.nn.stft import stft
 
 SLOPE = 0.2
 
@@ -38,10 +39,8 @@ class StftCritic(nn.Module):
 
     def _spectrogram(self, x: Tensor) -> Tensor:
         """Real and imaginary parts of all channels, [B, 2C, frames, bins], with a window of unit energy."""
-        hann = torch.hann_window(self.window, device=x.device)
-        made = torch.stft(x.float().flatten(0, 1), self.window, self.window // 4, window=hann / hann.norm(),
-                          return_complex=True)
-        return torch.view_as_real(made).permute(0, 3, 2, 1).unflatten(0, x.shape[:2]).flatten(1, 2)
+        made = torch.view_as_real(stft(x.flatten(0, 1), self.window))
+        return made.permute(0, 3, 2, 1).unflatten(0, x.shape[:2]).flatten(1, 2)
 
 
 class StftCriticConfig(Config):

@@ -71,7 +71,8 @@ def test_references_in_a_ring_end():
 
 
 plain = st.text("abcxyz_", min_size=1, max_size=8)
-scalars = st.none() | st.booleans() | st.integers(-10**6, 10**6) | plain.filter(lambda t: t not in ("null", "true", "y", "n"))
+scalars = st.none() | st.booleans() | st.integers(-10**6, 10**6) | plain.filter(
+    lambda t: t not in ("null", "true", "y", "n"))
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(plain, inner, max_size=3))
 
 

@@ -17,15 +17,8 @@ from nexus.train.args import TrainArgs
 from nexus.train.engine import Hooks, fit
 from nexus.train.state import new_state, restore
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ARGS = {"steps": 6, "batch_size": 4, "save_every": 2, "log_every": 1, "lr": 3e-3, "ema": 0.9}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tones(size, rng, samples=400, rate=1600):

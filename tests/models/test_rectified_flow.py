@@ -34,13 +34,11 @@ COUNT = 40                                  # three shards of 16
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_and_on_one_thread():
-    before, shard = torch.get_num_threads(), pairs.SHARD
-    torch.set_num_threads(1)
+def small_shards(one_thread):
+    shard = pairs.SHARD
     pairs.SHARD = 16
     yield
     pairs.SHARD = shard
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import signal
 
 import killed
 import pytest
-import torch
 import toys
 
 from nexus import checkpoint
@@ -14,18 +13,11 @@ from nexus.errors import DivergedError
 from nexus.train.start import train
 from tests.drawn import drawn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = {"steps": 6, "batch_size": 4, "save_every": 2, "log_every": 1, "samples": 4, "flip": 0.5, "shift": 1}
 CASES = {"gan": ("gan", "tiny-modern", 1), "wgan": ("wgan", "tiny", 2), "clip": ("wgan", "tiny-clip", 2),
          "cgan": ("cgan", "tiny-projection", 1), "pix2pix": ("cgan", "tiny-pix2pix", 1),
          "cyclegan": ("cyclegan", "tiny", 1)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ A bare state dict tells the sizes and not how it pads, its rate or its loudness:
 codec that is built alike. audiocraft's files hold their settings beside the weights.
 """
 
+import math
 import re
 from functools import partial
 from typing import NamedTuple
@@ -188,10 +189,7 @@ def _bits(bins: int) -> int:
 
 def _frames(rate: int, ratios: list[int]) -> int:
     """Frames a second as transformers counts them, rounded up."""
-    hop = 1
-    for ratio in ratios:
-        hop *= ratio
-    return -(-rate // hop)
+    return -(-rate // math.prod(ratios))
 
 
 # --- and the way back ----------------------------------------------------------------------------------------------

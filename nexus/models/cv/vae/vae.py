@@ -17,6 +17,7 @@ from nexus.losses.perceptual import edge_distance
 from nexus.media import Media
 from nexus.models.cv.vae.critic import CriticConfig, deceive, judge
 from nexus.models.cv.vae.flat import ConvVAEConfig, MLPVAEConfig
+from nexus.naming import flag_of
 from nexus.phase import Phase
 from nexus.requests import ONE_STEP, SampleRequest, refuse
 from nexus.rng import ItemNoise
@@ -211,7 +212,7 @@ def refuse_steering(request: SampleRequest, side: int) -> None:
     for name in ("prompt", "negative_prompt"):
         if getattr(request, name) is not None:
             raise InputError(f"this model is unconditional: it takes no {name.replace('_', ' ')}",
-                             hint=f"leave --{name.replace('_', '-')} out")
+                             hint=f"leave {flag_of(name)} out")
     if request.mask is not None:
         raise InputError("this model rebuilds whole pictures: it takes no mask", hint="leave --mask out")
     refuse(request, ("image", "width", "height"), ONE_STEP)
