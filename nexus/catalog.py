@@ -51,6 +51,8 @@ CATALOG: dict[str, Entry] = {
                   "Wasserstein GAN with gradient penalty or clipping (Arjovsky et al. 2017)", "wgan"),
     "vae": Entry("nexus.models.cv.vae.vae:VAEConfig", "image",
                  "VAE, beta-VAE and the KL picture codec (Kingma & Welling 2013)", "picture-codec"),
+    "musicgen": Entry("nexus.models.audio.musicgen:MusicGenConfig", "audio",
+                      "MusicGen: music from a text, a melody or a beginning (Copet et al. 2023)", "music", "music"),
     "encodec": Entry("nexus.models.audio.encodec:EncodecSystemConfig", "audio",
                      "EnCodec: a codec that turns sound into a few ids a frame (Defossez et al. 2022)", "music-codec"),
 }

@@ -16,7 +16,7 @@ from nexus.convert import stream
 from nexus.convert.convert import Report, load, native_path, scratch
 from nexus.convert.detect import opened
 from nexus.convert.export import Model, Target, check_kind, fill, save, write_file
-from nexus.convert.layouts import pipelines, single
+from nexus.convert.layouts import musicgen_whole, pipelines, single
 from nexus.convert.parts import HOME, Whole
 from nexus.convert.sandbox import SUFFIXES
 from nexus.errors import ModelError, UsageError
@@ -31,7 +31,10 @@ def convert(src: Path, target: Target, *, to: str | None, check: bool, overrides
     """As `nexus.convert.convert.convert`, or None for what is no pipeline known here."""
     path = native_path(src) if src.exists() else None
     if path is not None:
-        name = _pipeline(checkpoint.read_description(path)) if to in LAYOUTS else None
+        described = checkpoint.read_description(path)
+        if musicgen_whole.writable(described["system"], described["config"], to):
+            return _export_music(src, path, target, check, overrides)
+        name = _pipeline(described) if to in LAYOUTS else None
         known = name and (to == "diffusers" or name in single.WRITTEN)
         return _export(src, path, name, target, to, check, overrides) if known else None
     if not _known(src, overrides):
@@ -55,7 +58,7 @@ def _pipeline(described: dict) -> str | None:
 
 def _known(src: Path, overrides: Sequence[str]) -> bool:
     if src.is_dir():
-        return pipelines.kind_of(src) is not None
+        return pipelines.kind_of(src) is not None or musicgen_whole.known(src)
     if src.suffix.lower() in SUFFIXES:
         return single.may_be(src)
     try:
@@ -69,7 +72,9 @@ def _known(src: Path, overrides: Sequence[str]) -> bool:
 def _import(src: Path, target: Target, check: bool, overrides: Sequence[str]) -> Report:
     folder = scratch(target.path, check)
     with ExitStack() as stack:
-        if src.is_dir():
+        if src.is_dir() and musicgen_whole.known(src):
+            whole = musicgen_whole.read(src, stack, folder, list(overrides))
+        elif src.is_dir():
             whole = pipelines.read(src, stack, folder, list(overrides))
         else:
             source, = stack.enter_context(opened(src, folder))
@@ -97,8 +102,7 @@ def _saved(whole: Whole, config: Config, state: dict, target: Target, report: Re
 
 
 def _export(src: Path, path: Path, name: str, target: Target, to: str, check: bool, overrides: Sequence[str]) -> Report:
-    if overrides:
-        raise UsageError("--set is for settings a foreign checkpoint does not tell; this one tells all of them")
+    _check_told(overrides)
     folder = to == "diffusers"
     if not check:
         check_kind(target, to, folder)
@@ -123,6 +127,28 @@ def _export(src: Path, path: Path, name: str, target: Target, to: str, check: bo
                 return report
             for file, tensors in made.items():
                 write_file(target._replace(path=file), tensors)
+    return report._replace(written=target.path)
+
+
+def _check_told(overrides: Sequence[str]) -> None:
+    if overrides:
+        raise UsageError("--set is for settings a foreign checkpoint does not tell; this one tells all of them")
+
+
+def _export_music(src: Path, path: Path, target: Target, check: bool, overrides: Sequence[str]) -> Report:
+    _check_told(overrides)
+    if not check:
+        check_kind(target, "transformers", True)
+    model, base = load(path), path if path.is_dir() else path.parent
+    config = catalog.config_class(model.system).parse(model.config)
+    facts = checkpoint.read_description(path).get("layouts") or {}
+    report = Report(src, None, model.system, f"{model.system}/transformers", model.config, len(model.state),
+                    stream.numbers(model.state.values()))
+    with ExitStack() as stack:
+        files = musicgen_whole.write(config, model.state, facts, base, target, stack)
+        if check:
+            return report
+        fill(target, files)
     return report._replace(written=target.path)
 
 

@@ -141,7 +141,7 @@ def _metadata(shown: str, name: str, place: Place) -> Iterator[tuple[str, dict]]
     try:
         lines = io.StringIO(place.read().decode("utf-8-sig"), newline="")
         rows = csv.DictReader(lines) if name.endswith(".csv") else map(json.loads, filter(str.strip, lines))
-        for line, row in enumerate(rows, start=1):
+        for line, row in enumerate(rows, start=1):  # noqa: B007  (the error below names it)
             note = {"text": row.get("text", row.get("caption"))}
             note |= {key: row[key] for key in ("style", "class") if key in row}
             picture = row["file_name"]

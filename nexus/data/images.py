@@ -8,9 +8,10 @@ import io
 import json
 import threading
 import warnings
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
-from typing import Callable, ClassVar, Iterable, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -85,10 +86,10 @@ class ImageSet:
         images = [self.get(i) for i in indices]
         if shift:
             moves = torch.randint(-shift, shift + 1, (len(images), 2), generator=rng).tolist()
-            images = [_shifted(x, dy, dx, self.pad) for x, (dy, dx) in zip(images, moves)]
+            images = [_shifted(x, dy, dx, self.pad) for x, (dy, dx) in zip(images, moves, strict=True)]
         if flip:
             mirrored = (torch.rand(len(images), generator=rng) < flip).tolist()
-            images = [x[:, ::-1] if m else x for x, m in zip(images, mirrored)]
+            images = [x[:, ::-1] if m else x for x, m in zip(images, mirrored, strict=True)]
         stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         return {"image": (stack.float() / 127.5 - 1).contiguous(), **self.labels_of(indices)}
 
@@ -139,7 +140,8 @@ def _open_embedded(name: str, size: int | None, channels: int | None, split: str
         styles, pad = wanted or STYLES, 255
         part = [held_out(i["caption"], i["style"]) if i["style"] in styles else "" for i in items]
         group = shards.groups() if name.endswith(GROUPS) else {}
-        classes = tuple(sorted({group.get(item["caption"], item["caption"]) for item, p in zip(items, part) if p}))
+        classes = tuple(sorted({group.get(item["caption"], item["caption"])
+                                for item, p in zip(items, part, strict=True) if p}))
     else:
         part = ["pair" if item["split"] == "test" else "train" for item in items]
         group, classes, styles, pad = {}, DIGITS, ("",), 0

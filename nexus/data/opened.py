@@ -32,11 +32,11 @@ class Files(NamedTuple):
         found.sort()  # the set must not depend on the order in which a disk or tar lists it
         files, room = cls([], [], [], check), keep
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for file, (held, outcome) in zip(found, pool.map(check, found)):
+            for file, (held, outcome) in zip(found, pool.map(check, found), strict=True):
                 if held is None:
                     skipped.append((file.name, outcome))
                     continue
-                for column, value in zip(files, (file, held if room > 0 else None, outcome)):
+                for column, value in zip(files[:3], (file, held if room > 0 else None, outcome), strict=True):
                     column.append(value)
                 room -= held.nbytes
         return files
@@ -48,7 +48,7 @@ class Files(NamedTuple):
     def digest(self) -> str:
         """sha256 over names, captions and bytes."""
         digest = hashlib.sha256()
-        for file, outcome in zip(self.found, self.digests):
+        for file, outcome in zip(self.found, self.digests, strict=True):
             digest.update(json.dumps([*file[:4], outcome]).encode())
         return digest.hexdigest()
 

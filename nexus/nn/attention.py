@@ -8,9 +8,9 @@ from torch import Tensor
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, identity: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for q [B, H, L, D], k and v [B, H, S, D] -> [B, H, L, D].
 
-    mask: bool, broadcastable to [B, H, L, S], True = may be seen. Without gradients, short bfloat16 sequences on
-    the CPU take plain products, which run about twice as fast there as the fused kernel (docs/design.md). identity:
-    every query sees its own place alone, whatever the scores (Ahn et al. 2024).
+    mask: bool, broadcastable to [B, H, L, S], True = may be seen. Without gradients, short bfloat16 sequences and
+    single queries on the CPU take plain products, which run about twice as fast there as the fused kernel
+    (docs/design.md). identity: every query sees its own place alone, whatever the scores (Ahn et al. 2024).
     """
     if identity:
         return v
@@ -23,7 +23,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, ident
 
 
 def _plain_is_faster(q: Tensor, k: Tensor) -> bool:
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 1024
+    return q.device.type == "cpu" and (q.shape[-2] == 1 or q.dtype == torch.bfloat16 and k.shape[-2] <= 1024)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -34,9 +34,9 @@ class PretrainedCondConfig(Config):
     """Which pretrained encoders, and how they are used.
 
     encoders: one pipeline folder, or a folder or hub name for each encoder of the recipe; "./x" lies in the model's
-    own folder. length: T5's ids; 0 = the recipe's (sd3 256, flux 512, pixart 120). clip_skip: CLIP layers left out
-    beyond the recipe's own. null: what no prompt is, the encoded empty text or zeros (SDXL). weighting: brackets weigh
-    words. keep: encoders stay in memory between prompts. cache: encoded prompts are kept on disk.
+    own folder. length: T5's ids; 0 = the recipe's (sd3 256, flux and t5 512, pixart 120). clip_skip: CLIP layers left
+    out beyond the recipe's own. null: what no prompt is, the encoded empty text or zeros (SDXL). weighting: brackets
+    weigh words. keep: encoders stay in memory between prompts. cache: encoded prompts are kept on disk.
     """
 
     kind: Literal["pretrained"] = "pretrained"
@@ -84,7 +84,7 @@ class PretrainedConditioner(nn.Module):
 
     def training_cond(self, batch: dict, rng: torch.Generator) -> dict[str, Tensor]:
         """The encoded captions of a training batch."""
-        device = batch["latent" if "latent" in batch else "image"].device
+        device = next(value.device for value in batch.values() if isinstance(value, Tensor))
         return self.prompts(list(batch["caption"]), device)[0]
 
     def prompts(self, prompts: list[str | None], device: torch.device) -> tuple[dict[str, Tensor], tuple[dict, ...]]:

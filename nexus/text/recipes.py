@@ -1,7 +1,8 @@
 """How published models use CLIP and T5: which layer, which width, what is cut, what is pooled.
 
 SD = Rombach et al. 2022; SDXL = Podell et al. 2023; SD3 = Esser et al. 2024; FLUX = Black Forest Labs 2024;
-PixArt-alpha = Chen et al. 2023. D, E = widths of two CLIPs, F = width of T5, L = 77, S = T5's length.
+PixArt-alpha = Chen et al. 2023; t5 = MusicGen, Copet et al. 2023. D, E = widths of two CLIPs, F = width of
+T5, L = 77, S = T5's length.
 """
 
 from collections.abc import Callable
@@ -168,6 +169,16 @@ def pixart(encoders: list[Loaded], parts: list[Part], length: int, skip: int) ->
     return Encoded({"context": words, "context_mask": mask}, cut)
 
 
+def t5(encoders: list[Loaded], parts: list[Part], length: int, skip: int) -> Encoded:
+    """T5 of the prompt's own length, without padding: context [1, S, F] and its mask [1, S]; S <= length."""
+    encoder, = encoders
+    row, cut = chunks.t5_row(encoder.tokenizer, parts, length)
+    row = row._replace(ids=row.ids[:row.used], weights=row.weights[:row.used])
+    hidden = encoder.model(torch.tensor([row.ids], device=encoder.model.device)).last_hidden_state
+    hidden = _weighted(hidden, [row])
+    return Encoded({"context": hidden, "context_mask": torch.ones_like(hidden[..., 0], dtype=torch.bool)}, cut)
+
+
 def _t5(encoder: Loaded, parts: list[Part], length: int, *, masked: bool) -> tuple[Tensor, Tensor, str]:
     row, cut = chunks.t5_row(encoder.tokenizer, parts, length)
     device = encoder.model.device
@@ -185,4 +196,5 @@ RECIPES: dict[str, Recipe] = {
     "sd3": Recipe((G, G, T5), sd3, length=256, optional=1),
     "flux": Recipe((L, T5), flux, length=512),
     "pixart": Recipe((T5,), pixart, length=120, lower=True),
+    "t5": Recipe((T5,), t5, length=512),
 }

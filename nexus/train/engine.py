@@ -195,7 +195,7 @@ def _log(state: TrainState, run: Path, row: dict, hooks: Hooks, world: World, se
         return
     if state.step % args.log_every == 0 or state.step in (1, args.steps) or "left_out" in row:
         runs.append_metrics(run, row)       # no clock in here: a resumed run writes the same bytes
-    hooks.progress({**row, "steps": args.steps, "images_per_second": args.batch_size / max(seconds, 1e-9)})
+    hooks.progress({**row, "steps": args.steps, "items_per_second": args.batch_size / max(seconds, 1e-9)})
 
 
 def _save(state: TrainState, run: Path, hooks: Hooks, facts: dict, world: World) -> None:

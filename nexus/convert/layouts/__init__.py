@@ -5,7 +5,7 @@ from importlib import import_module
 from nexus.convert.layout import Layout
 
 MODULES = ("consistency", "lcm", "unet", "dit", "mmdit", "kl_image", "pixart", "ncsnpp", "dit_llama", "controlnet",
-           "cyclegan", "dcgan", "encodec")
+           "cyclegan", "dcgan", "encodec", "musicgen")
 
 
 def every_layout() -> tuple[Layout, ...]:
