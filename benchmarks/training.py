@@ -20,7 +20,7 @@ SPEED = re.compile(r"items_per_second ([0-9.]+)")
 def commands() -> list[list[str]]:
     """The arguments of every `nexus train` of the README that needs neither other data nor other processes."""
     lines = (shlex.split(line, comments=True) for line in README.read_text().splitlines()
-             if line.startswith("nexus train") and "--run" in line and "my-pictures" not in line)
+             if line.startswith("nexus train") and "--run" in line and "my-" not in line)
     return [words[1:] for words in lines]
 
 
