@@ -67,8 +67,13 @@ def gallery(
                    and path.suffix.lower() in (*images.FORMATS, *SOUNDS.endings))
     if len(files) > LIMIT:
         out.warn(f"only the first {LIMIT} of {len(files)} files are shown")
-    pictures = [(path, _thumb(_seen(path))) for path in files[:LIMIT]]
-    failed = [r for r in read_records(folder / "manifest.jsonl") if r.get("status") == "failed"]
+    pictures, failed = [], [r for r in read_records(folder / "manifest.jsonl") if r.get("status") == "failed"]
+    for path in files[:LIMIT]:
+        try:
+            pictures.append((path, _thumb(_seen(path))))
+        except InputError as error:         # one broken file should not cost the page of all others
+            out.warn(f"left out: {error}")
+            failed.append({"id": str(path.relative_to(folder)), "error": {"message": str(error)}})
     if not pictures and not failed:
         raise InputError(f"there is no picture and no sound in '{folder}'")
     figures = [_figure(path, thumb, page.parent) for path, thumb in pictures] + [_failure(r) for r in failed]

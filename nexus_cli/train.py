@@ -125,21 +125,13 @@ def _low_rank(text: str | None):
 
 def _plan(system: str, data: str, run: Path, settings: dict, lora: tuple, out: Output) -> None:
     """The resolved settings as JSON on stdout, and what the run would do."""
-    from nexus import checkpoint
-    from nexus.data.domains import open_for
-    from nexus.train.start import resolve
-    if (run / "config.json").exists():
-        stored = checkpoint.read_description(run)
-        plan = {**stored, "run": str(run), "resumes": True}
-    else:
-        from nexus.train import lora as loras
-        part = loras.settle(run, system, *lora)
-        config, args = loras.settings(system, part, **settings) if part else resolve(system, **settings)
-        found = open_for(config, data)
-        config = config if part else config.adapt(found.facts)
-        plan = {"system": system, "config": config.to_json(), "train": args.to_json(), "data": data,
-                **({"lora": part} if part else {}),
-                KINDS[found.medium].nouns: len(found), "run": str(run), "resumes": False}
+    from nexus.train.start import planned
+    part, init = lora
+    found = planned(system, data, run, **settings, lora=part, init=init)
+    plan = {"system": system, "config": found.config.to_json(), "train": found.args.to_json(), "data": data,
+            **({"lora": found.lora} if found.lora else {}), "init": found.init,
+            KINDS[found.images.medium].nouns: len(found.images), "run": str(run),
+            "resumes": (run / "config.json").exists()}
     out.line(strict_json(plan, indent=None if out.json_lines else 1, sort_keys=True))
 
 

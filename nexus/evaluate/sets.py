@@ -27,11 +27,16 @@ def compare(real: Tensor, made: Tensor, seed: int) -> Numbers:
     found: Numbers = {"kid": normal_interval(*kid(real, made))}
     if min(len(real), len(made)) >= FRECHET_FROM:
         found["frechet"] = frechet(real, made)
-    if min(len(real), len(made)) >= MANIFOLD_FROM:
-        values = (*precision_recall(real, made), *density_coverage(real, made))
-        for name, each in zip(("precision", "recall", "density", "coverage"), values, strict=True):
-            found[name] = mean_interval(each, seed)
-    return found
+    return found | overlap(real, made, seed)
+
+
+def overlap(real: Tensor, made: Tensor, seed: int) -> Numbers:
+    """Precision, recall, density and coverage; nothing for a handful."""
+    if min(len(real), len(made)) < MANIFOLD_FROM:
+        return {}
+    values = (*precision_recall(real, made), *density_coverage(real, made))
+    names = ("precision", "recall", "density", "coverage")
+    return {name: mean_interval(each, seed) for name, each in zip(names, values, strict=True)}
 
 
 def apart(real: Tensor, made: Tensor) -> Numbers:

@@ -4,7 +4,7 @@ import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -76,6 +76,39 @@ def _check_same(run: Path, config: Config, args: TrainArgs, init: str | None, di
     return old["init"]
 
 
+class Plan(NamedTuple):
+    """What a command trains: settings, data, what its LoRA is of (None = it has none), and what it starts from."""
+
+    config: Config
+    args: TrainArgs
+    images: ImageSet
+    lora: dict | None
+    init: str | None
+
+
+def planned(system: str, data: str, run: Path, *, preset: str | None = None, file: dict | None = None,
+            overrides: list[str] = (), flags: dict[str, Any] | None = None, lora: LoRAConfig | None = None,
+            init: str | None = None) -> Plan:
+    """The training that a command begins, or goes on with where there is a run; nothing is written.
+
+    Raises UsageError or InputError for what cannot be trained, or not gone on with.
+    """
+    file, overrides, flags = file or {}, list(overrides), flags or {}
+    begun = (run / "config.json").exists()
+    low = loras.settle(run, system, lora, init)
+    config, args = (_resumed(run, system, data, None if low else preset, file, overrides, flags) if begun else
+                    loras.settings(system, low, preset, file, overrides, flags) if low else
+                    resolve(system, preset=preset, file=file, overrides=overrides, flags=flags))
+    images = open_for(config, data)
+    config = config if low else (config if begun else like_base(config)).adapt(images.facts)
+    if begun:
+        return Plan(config, args, images, low, _check_same(run, config, args, init, images.facts.digest))
+    init = init or getattr(config, "teacher", None) or getattr(config, "base", None)    # a student starts as it
+    if init is None and getattr(config, "goes_on", False):
+        raise UsageError("these settings go on with a trained model, and none is named", hint="--init MODEL")
+    return Plan(config, args, images, low, init)
+
+
 def _environment(device: torch.device, ranks: int) -> dict[str, str]:
     """Where a run began, for its report; no names of hosts or people."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -113,23 +146,13 @@ def _train(system, data, run, device, world, preset, file, overrides, flags, ini
     if begun and resume == "never":
         raise UsageError(f"{run} holds a run already", hint="--resume auto goes on with it")
     barrier(world)
-    lora = loras.settle(run, system, lora, init)
-    config, args = (_resumed(run, system, data, None if lora else preset, file or {}, overrides, flags) if begun else
-                    loras.settings(system, lora, preset, file or {}, overrides, flags) if lora else
-                    resolve(system, preset=preset, file=file, overrides=overrides, flags=flags))
+    plan = planned(system, data, run, preset=preset, file=file, overrides=overrides, flags=flags, lora=lora, init=init)
+    config, args, images, lora, init = plan
     _check_split(args, world.size)
-    images = open_for(config, data)
     for name, reason in images.skipped[:20]:
         report(f"skipped {name}: {reason}")
     if images.skipped:
         report(f"{len(images.skipped)} files were skipped, {len(images)} are used")
-    config = config if lora else (config if begun else like_base(config)).adapt(images.facts)
-    if begun:
-        init = _check_same(run, config, args, init, images.facts.digest)
-    else:
-        init = init or getattr(config, "teacher", None) or getattr(config, "base", None)    # a student starts as it
-        if init is None and getattr(config, "goes_on", False):
-            raise UsageError("these settings go on with a trained model, and none is named", hint="--init MODEL")
     built = _built(system, config, args, run, init, lora, report)
     built = shard(built.to(device), args, world, device)
     facts = {"train": args.to_json(), "data": data, "data_digest": images.facts.digest, "nexus": __version__,

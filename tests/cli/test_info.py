@@ -75,6 +75,17 @@ def test_a_gallery_escapes_everything_and_repeats_exactly(nexus, tmp_path):
     assert nexus("gallery", folder, "-f").returncode == 0 and (folder / "index.html").read_bytes() == page
 
 
+def test_a_broken_file_is_named_in_the_gallery_of_the_others(nexus, tmp_path):
+    write_image(tmp_path / "a.png", PICTURE, {})
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    done = nexus("gallery", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr.decode()
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["pictures"], found["failed"]) == (1, 2) and done.stderr.count(b"broken.") == 2
+    assert (tmp_path / "index.html").read_text().count('class="failed"') == 2
+
+
 def test_an_internal_error_has_one_line_and_a_log(nexus, tmp_path):
     (tmp_path / "nexus_fault.py").write_text("import nexus.images\nnexus.images.read_record = lambda path: 1 / 0\n")
     (tmp_path / "sitecustomize.py").write_text("import nexus_fault\n")

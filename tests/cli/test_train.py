@@ -31,6 +31,22 @@ def test_a_dry_run_prints_the_settings_and_makes_nothing(warm, pictures, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_of_a_run_says_what_the_same_command_would_do(warm, pictures, tmp_path):
+    command = ("train", "ddpm", *TINY, "--data", pictures, "--run", "r")
+    assert warm(*command, "--steps", 1, cwd=tmp_path).returncode == 0
+    done = warm(*command, "--steps", 9, "--dry-run", "--json", cwd=tmp_path)
+    plan = json.loads(done.stdout)
+    assert plan["resumes"] and plan["train"]["steps"] == 9 and plan["pictures"] == 12
+    assert warm(*command, "--lr", "0.5", "--dry-run", cwd=tmp_path).returncode == 2
+    assert warm(*command, "--steps", 9, cwd=tmp_path).returncode == 0
+
+
+def test_a_dry_run_names_a_missing_start(warm, tmp_path):
+    done = warm("train", "vae", "--data", "emoji", "--run", "r", "--preset", "picture-codec-decoder", "--dry-run",
+                cwd=tmp_path)
+    assert done.returncode == 2 and b"--init MODEL" in done.stderr
+
+
 @pytest.mark.parametrize("more,code", [
     (("--preset", "nothing"), 3), (("--set", "nothing=1"), 3), (("--set", "nothing"), 3), (("--batch-size", 3,
                                                                                             "--accumulate", 2), 2),
