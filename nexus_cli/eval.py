@@ -1,4 +1,4 @@
-"""nexus eval WHAT: numbers on how good pictures or models are."""
+"""nexus eval WHAT: numbers on how good pictures, sounds or models are."""
 
 import os
 from pathlib import Path
@@ -16,17 +16,18 @@ from nexus_cli.output import Output, strict_json
 
 def evaluate(
     what: Annotated[str, typer.Argument(metavar="WHAT", show_default=False,
-                                        help="A system, a model (name, run folder, file), or a folder of pictures.")],
+                                        help="A system, a model (name, run folder, file), or a folder of pictures or "
+                                             "sounds.")],
     data: Annotated[str | None, option("--data", "-d", metavar="DATA", show_default=False,
-                                       help="The pictures to compare with; default: what it learnt from.")] = None,
+                                       help="What to compare with; default: what it learnt from.")] = None,
     split: Annotated[str | None, option("--split", parser=parse.one_of("train", "pair", "concept", "all"),
                                         metavar="SPLIT", show_default=False,
                                         help="train, pair (held out, the default), concept or all.")] = None,
     samples: Annotated[Path | None, option("--samples", metavar="FOLDER", show_default=False,
-                                           help="Judge these pictures instead of new ones.")] = None,
+                                           help="Judge these pictures or sounds instead of new ones.")] = None,
     model: options.Model = None,
     num: Annotated[int | None, option("--num", "-N", parser=parse.whole(1, 10**7), metavar="N", show_default=False,
-                                      help="How many pictures.")] = None,
+                                      help="How many pictures or sounds.")] = None,
     seed: Annotated[int | None, option("--seed", "-s", parser=parse.whole(0, parse.SEED_MAX), metavar="N",
                                        show_default=False, help="Decides everything random.")] = None,
     steps: Annotated[int | None, option("--steps", parser=parse.whole(1, 100_000), metavar="N", show_default=False,
@@ -35,10 +36,13 @@ def evaluate(
                                              show_default=False, help="Guidance scale.")] = None,
     sampler: Annotated[str | None, option("--sampler", parser=parse.named("SAMPLERS"), metavar="NAME",
                                           show_default=False, help="ddim, euler, heun, dpmpp-2m, ...")] = None,
+    duration: Annotated[float | None, option("--duration", parser=parse.duration, metavar="TIME", show_default=False,
+                                             help="How long sounds are: 10, 90s, 2m.")] = None,
     likelihood: Annotated[bool, option("--likelihood", help="Bits a dimension of held-out pictures under a model on "
                                        "pixels; no samples.")] = False,
     extractor: Annotated[str | None, option("--extractor", metavar="NAME|FILE", show_default=False,
-                                            help="The network whose features are compared.")] = None,
+                                            help="What is compared: lite0, inception (pictures), mel, whisper "
+                                                 "(sounds).")] = None,
     batch_size: options.BatchSize = None,
     output: options.OutFile = None,
     force: options.Force = False,
@@ -50,7 +54,7 @@ def evaluate(
     progress: options.Progress = "auto",
     color: options.Color = "auto",
 ) -> None:
-    """Evaluate a system, a model or a folder of pictures: numbers with their intervals and protocol."""
+    """Evaluate a system, a model or a folder of pictures or sounds: numbers with their intervals and protocol."""
     out = Output(json_lines=json_lines, quiet=quiet, verbose=verbose, progress=progress, color=color)
     if samples is not None and not samples.is_dir():
         raise InputError(f"--samples: there is no folder '{samples}'", hint="check the path")
@@ -61,10 +65,10 @@ def evaluate(
     if output is not None:
         check_target(output, exists="overwrite" if force else "error")
     given = {"data": data, "split": split, "samples": samples, "model": model, "count": num, "seed": seed,
-             "steps": steps, "guidance": guidance, "sampler": sampler, "extractor": extractor,
+             "steps": steps, "guidance": guidance, "sampler": sampler, "duration": duration, "extractor": extractor,
              "likelihood": likelihood or None, "batch_size": batch_size, "device": device, "dtype": dtype}
     from nexus import api
-    with out.guard(), out.tracker(None, "pictures") as tracker:
+    with out.guard(), out.tracker(None, "items") as tracker:
         result = api.evaluate(what, progress=lambda done, total: tracker.update(done, text=f"of {total}"),
                               **{key: value for key, value in given.items() if value is not None})
     if output is not None:

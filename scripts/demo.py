@@ -13,6 +13,7 @@ SHOWN = (
     ("dit", "dit", ("red apple", "pizza, twemoji style", "cat face, flat style", "rocket, 3d style")),
     ("conditional", "conditional", ("red heart, flat style", "sun, noto style", "owl, 3d style", "blue book")),
     ("flow", "flow", ("strawberry", "full moon, twemoji style", "soccer ball, 3d style", "tiger face, flat style")),
+    ("cgan", "cgan", ("0", "3", "5", "7")),
     ("ddpm", "ddpm", (None,) * 4),
     ("vae", "beta-vae", (None,) * 4),
 )

@@ -1,6 +1,7 @@
 """What generated pictures are judged by: real held-out ones, and a probe that has read real training ones."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,18 @@ MOST_REAL = 2000        # held-out pictures that are looked at: a first look tak
 MOST_TRAIN = 6000       # training pictures
 KID = "polynomial of degree 3, unbiased, all pairs"
 Watch = Callable[[int, int], Any]
+
+
+class Settings(NamedTuple):
+    """What all of an evaluation shares; extractor: None = the usual one of what is judged."""
+
+    split: str
+    count: int | None
+    seed: int
+    extractor: str | None
+    device: str
+    sheet: str | Path | None
+    watch: Watch
 
 
 class Seen(NamedTuple):

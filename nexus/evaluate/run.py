@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -12,17 +12,17 @@ from nexus import catalog, checkpoint
 from nexus.data.folders import EXTENSIONS
 from nexus.data.images import ImageSet, open_images
 from nexus.errors import InputError, ModelError, UsageError
-from nexus.evaluate import classify, density, sets, translation
+from nexus.evaluate import classify, density, sets, sound, translation
 from nexus.evaluate import judge as judges
 from nexus.evaluate.bootstrap import DRAWS, mean_interval
-from nexus.evaluate.features import cached_features, features, open_extractor
-from nexus.evaluate.judge import Made, Watch, order
+from nexus.evaluate.features import Extractor, cached_features, features, open_extractor
+from nexus.evaluate.judge import Made, Settings, Watch, order
 from nexus.evaluate.kernel import FEWEST
 from nexus.evaluate.likelihood import analysis, reconstruction
 from nexus.evaluate.pictures import PSNR_MOST
 from nexus.evaluate.sheets import write_sheet
 from nexus.images import read_image, read_record
-from nexus.media import to_uint8
+from nexus.media import Media, to_uint8
 from nexus.requests import SampleRequest
 from nexus.rng import derive
 from nexus.text.conditioner import caption
@@ -34,46 +34,42 @@ NAMES = {"psnr": "psnr (dB)", "ssim": "ssim", "elbo": "elbo (bits a dimension)",
 Generate = Callable[[list[str | None], list[int]], Iterator[np.ndarray]]
 
 
-class Settings(NamedTuple):
-    """What all of an evaluation shares."""
-
-    split: str
-    count: int | None
-    seed: int
-    extractor: str
-    device: str
-    sheet: str | Path | None
-    watch: Watch
-
-
 def evaluate(what: str, *, model: str | None = None, data: str | None = None, split: str = "pair",
              count: int | None = None, seed: int = 0, steps: int | None = None, guidance: float | None = None,
-             sampler: str | None = None, batch_size: int = 8, extractor: str = "lite0", device: str = "auto",
-             dtype: str = "auto", samples: str | Path | None = None, sheet: str | Path | None = None,
-             likelihood: bool = False, generate: Generate | None = None, progress: Watch | None = None) -> dict:
-    """Numbers on a system, a model or a folder of pictures, with the protocol that they hold for.
+             sampler: str | None = None, duration: float | None = None, batch_size: int = 8,
+             extractor: str | None = None, device: str = "auto", dtype: str = "auto",
+             samples: str | Path | None = None, sheet: str | Path | None = None, likelihood: bool = False,
+             generate: Generate | None = None, progress: Watch | None = None) -> dict:
+    """Numbers on a system, a model or a folder of pictures or sounds, with the protocol that they hold for.
 
     what: a catalog name (with `model`, or its embedded checkpoint), a model's path or zoo name, or a folder of
-    pictures. data: by default the set that the model was trained on. count: pictures to make or rebuild (default: one
-    for each held-out picture, at most 1,000). samples: a folder of pictures made before, judged in place of new ones.
-    likelihood: bits a dimension of held-out pictures under a model on pixels, in place of numbers on samples.
-    sheet: a picture file to write, of the worst and best beside real ones. generate(prompts, seeds): how pictures are
-    made, by default with the model itself. progress(done, total) counts pictures.
+    pictures or sounds. data: by default the set that the model was trained on. count: pictures or sounds to make or
+    rebuild (default: one for each held-out one, at most 1,000 pictures or 200 sounds). duration: seconds of a sound.
+    samples: a folder of what was made before, judged in place of new ones. likelihood: bits a dimension of held-out
+    pictures under a model on pixels, in place of numbers on samples. extractor: "lite0" or "inception" of pictures,
+    "mel" or "whisper" of sounds. sheet: a picture file to write, of the worst and best beside real ones.
+    generate(prompts, seeds): how pictures (or sounds [C, T]) are made, by default with the model itself.
+    progress(done, total) counts them.
     A number is a float or {"value", "low", "high"}. Raises InputError, ModelError or UsageError.
     """
     settings = Settings(split, count, seed, extractor, device, sheet, progress or (lambda done, total: None))
     folder = samples or (what if _holds_pictures(what) else None)
     sampling = {"steps": steps, "guidance": guidance, "sampler": sampler}
     if folder is not None:
-        _refuse({"model": model, "likelihood": likelihood or None, **sampling},
-                "pictures that are there already are judged")
-        return _folder(Path(folder), data or "emoji", settings)
+        _refuse({"model": model, "likelihood": likelihood or None, **sampling}, "what is there already is judged")
+        return _folder(Path(folder), data, duration, settings)
     name = model or (catalog.entry(what).default or what if what in catalog.CATALOG else what)
     described = checkpoint.read_description(checkpoint.find(name))
     system = checkpoint.load(name, device=device, dtype=dtype, system=what if what in catalog.CATALOG else None)
     data = data or described.get("data")
     if not data:
         raise UsageError(f"{name} does not say what it was trained on", hint="name a data set with --data")
+    if getattr(system.config, "medium", "image") == "audio":
+        _refuse({"likelihood": likelihood or None, "sheet": sheet}, "this model makes sound")
+        request = SampleRequest.parse({**sampling, "duration": duration})
+        return sound.judged(system, data, {"system": described["system"], "model": name, **_machine(system)}, request,
+                            settings, generate or from_system(system, request, batch_size))
+    _refuse({"duration": duration}, "this model makes pictures")
     if hasattr(system, "translate"):
         _refuse({**sampling, "likelihood": likelihood or None, "sheet": sheet}, "this model is judged by counterparts")
         return _translated(system, data, {"system": described["system"], "model": name}, settings, batch_size)
@@ -107,6 +103,10 @@ def _translated(system: nn.Module, data: str, facts: dict, settings: Settings, b
     numbers, how = translation.measured(system, data, split=settings.split, count=settings.count or MOST,
                                         seed=settings.seed, batch_size=batch_size, watch=settings.watch)
     return {"protocol": facts | how | _machine(system), "numbers": numbers}
+
+
+def _extractor(settings: Settings) -> Extractor:
+    return open_extractor(settings.extractor or "lite0", device=settings.device)
 
 
 def _holds_pictures(what: str) -> bool:
@@ -167,7 +167,7 @@ def _apart(held: ImageSet, rows: list[int], rebuilt: list[np.ndarray], settings:
     if len(rows) < 2 * FEWEST:
         return {}, {}
     try:
-        extractor = open_extractor(settings.extractor, device=settings.device)
+        extractor = _extractor(settings)
     except ModelError as error:
         return {}, {"kid": f"not measured: {error}"}
     real = cached_features(extractor, [held.get(i) for i in rows], settings.watch)
@@ -183,8 +183,7 @@ def _generated(system: nn.Module, held: ImageSet, data: str, facts: dict, settin
         raise UsageError(f"{count} pictures are too few to compare", hint=f"{FEWEST} at least, hundreds for a number")
     asked = getattr(system, "conditioner", None) is not None
     # First the judge: what it lacks should be known before an hour of sampling.
-    judge = judges.prepare(held, data, open_extractor(settings.extractor, device=settings.device), reads=asked,
-                           seed=settings.seed, watch=settings.watch)
+    judge = judges.prepare(held, data, _extractor(settings), reads=asked, seed=settings.seed, watch=settings.watch)
     rows = order(len(held), count, settings.seed)
     seeds = [derive(settings.seed, "evaluate", i) for i in range(count)]
     pictures = []
@@ -206,12 +205,28 @@ def from_system(system: nn.Module, request: SampleRequest, batch_size: int) -> G
             wanted = [seed for _, seed in group]
             asked = request.model_copy(update={"prompt": prompt})
             for start in range(0, len(wanted), batch_size):
-                yield from to_uint8(system.generate(asked, seeds=wanted[start:start + batch_size]).data)
+                yield from _as_files_hold(system.generate(asked, seeds=wanted[start:start + batch_size]))
     return generate
 
 
-def _folder(folder: Path, data: str, settings: Settings) -> dict:
-    """A folder of pictures; what they were to show is read from the records inside them."""
+def _as_files_hold(media: Media) -> np.ndarray:
+    """Pictures uint8 [N, H, W, C], or sounds float32 [N, C, T]."""
+    return to_uint8(media.data) if media.kind == "image" else media.data.float().cpu().numpy()
+
+
+def _folder(folder: Path, data: str | None, duration: float | None, settings: Settings) -> dict:
+    """A folder of pictures or of sounds; what they were to be is read from the records inside them."""
+    if sound.sounds_in(folder):
+        _refuse({"sheet": settings.sheet}, "these are sounds")
+        if not data:
+            raise UsageError("nothing says what these sounds are to be compared with",
+                             hint="--data FOLDER of real ones")
+        return sound.folder_judged(folder, data, duration, settings)
+    _refuse({"duration": duration}, "these are pictures")
+    return _pictures(folder, data or "emoji", settings)
+
+
+def _pictures(folder: Path, data: str, settings: Settings) -> dict:
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())[:settings.count]
     if len(files) < FEWEST:
         raise InputError(f"there are {len(files)} pictures in {folder}, {FEWEST} at least are needed",
@@ -219,8 +234,8 @@ def _folder(folder: Path, data: str, settings: Settings) -> dict:
     pictures = [read_image(path) for path in files]
     held = open_images(data, split=settings.split)
     rows = meant([(read_record(path) or {}).get("prompt") for path in files], held)
-    judge = judges.prepare(held, data, open_extractor(settings.extractor, device=settings.device),
-                           reads=rows is not None, seed=settings.seed, watch=settings.watch)
+    judge = judges.prepare(held, data, _extractor(settings), reads=rows is not None, seed=settings.seed,
+                           watch=settings.watch)
     return _judged(judge, Made(pictures, rows), {"folder": str(folder), **_facts(held, data, settings)}, settings)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from nexus.data.audio import DEFAULT_SECONDS, AudioSet, open_audio
-from nexus.decode.patterns import windows
 from nexus.errors import InputError, UsageError
 from nexus.evaluate import sets, sound_attributes, sound_codec, sound_listen, sound_melody, sound_quality, sound_sets
 from nexus.evaluate.bootstrap import DRAWS
@@ -20,6 +19,7 @@ from nexus.rng import derive
 from nexus.sounds import FORMATS, facts, read_record, read_sound
 
 MOST = 200              # sounds that are made or rebuilt unless a count is given
+MOST_REBUILT = 100      # held-out clips that are sent through the codec under a model
 MOST_REAL = 400         # held-out clips that are looked at
 MOST_TRAIN = 2000       # training clips: a first look takes some 40 ms a clip and core
 INTERVAL = f"95 %: jackknife (kad), bootstrap over clips with {DRAWS} draws (the others)"
@@ -76,10 +76,16 @@ def _rebuilt(system: nn.Module, held: AudioSet, about: dict, settings: Settings)
         vectors = cached(f"ear {ear.digest}", clips, ear.describe, settings.watch)
         after = described(with_length(made, held.length), held.facts.rate, ear.describe, count, settings.watch)
         checks, valid = sound_sets.validated(ear, clips, vectors, settings.seed, settings.watch)
-        half = count // 2
-        found |= sound_sets.apart(vectors[:half], after[half:], ", rebuilt half from the other real half") | checks
+        found |= _crossed(vectors, after) | checks
         about |= sound_sets.protocol(ear) | {"check": valid}
     return {"protocol": about, "numbers": found}
+
+
+def _crossed(real: Tensor, rebuilt: Tensor) -> sets.Numbers:
+    """How far rebuilt clips are from real ones that they are no copies of: vectors of the same clips, halves crossed.
+    """
+    half = len(real) // 2
+    return sound_sets.apart(real[:half], rebuilt[half:], ", rebuilt half from the other real half")
 
 
 def _generated(system: nn.Module, held: AudioSet, data: str, about: dict, request: SampleRequest, settings: Settings,
@@ -98,13 +104,29 @@ def _generated(system: nn.Module, held: AudioSet, data: str, about: dict, reques
         made.append(piece)
         settings.watch(len(made), count)
     report = _report(judge, made, held.facts.rate, prompts if reads else None, about, settings,
-                     seams(system.config, about["seconds"]))
+                     sound_quality.seams(system.config, about["seconds"]))
+    if hasattr(system, "encode") and hasattr(system, "decode"):
+        report["numbers"] |= _through_codec(system, judge, settings)
     if sound_melody.follows(system):
         some = slice(sound_melody.MOST)
         found, how = sound_melody.measured(system, request, Clips(held, rows[some]), prompts[some], seeds[some],
                                            settings.watch)
         report = {"protocol": report["protocol"] | how, "numbers": report["numbers"] | found}
     return report
+
+
+def _through_codec(system: nn.Module, judge: Judge, settings: Settings) -> sets.Numbers:
+    """What is left of real clips in the tokens that the model writes: no piece of it could do better."""
+    clips = judge.held._replace(rows=judge.held.rows[:MOST_REBUILT])
+    rate, count, watch = clips.set.facts.rate, len(clips.rows), settings.watch
+    made = list(sound_codec.through(system, clips.sounds()))
+    vectors = described(made, rate, judge.ear.describe, count, watch)
+    found = _crossed(judge.vectors[:count], vectors)
+    if judge.probe is not None:
+        heard = sound_listen.features(described(made, rate, sound_listen.listen, count, watch))
+        read = sound_attributes.read_by(judge.probe, heard, clips.captions(), settings.seed)
+        found |= {f"rebuilt {name}": number for name, number in read.items()}
+    return found
 
 
 def _enough(count: int) -> None:
@@ -146,16 +168,8 @@ def _report(judge: Judge, made: list[np.ndarray], rate: int, prompts: list[str] 
         heard = sound_listen.features(described(short, rate, sound_listen.listen, len(made), settings.watch))
         read = sound_attributes.read_by(judge.probe, heard, prompts, settings.seed)
         found |= sets.beside_real(read, {name: judge.real[name] for name in read if name in judge.real})
-        about |= sound_attributes.protocol(judge.probe)
+        about |= sound_attributes.protocol(judge.probe) if read else {}
     return {"protocol": about, "numbers": found | sound_quality.numbers(made, rate, joints, settings.seed)}
-
-
-def seams(config, seconds: float) -> list[int]:
-    """The samples at which a piece of so many seconds goes on in a new window; none where it is made whole."""
-    if not hasattr(config, "stride"):
-        return []
-    spans = windows(config.frames(seconds), config.frames(config.seconds), config.frames(config.stride))
-    return [stop * config.codec.net.hop for _, stop in spans][:-1]
 
 
 def sounds_in(folder: Path) -> list[Path]:

@@ -5,6 +5,7 @@ made ones alike. Letters: N sounds, P features, R places that the same weights l
 """
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -99,10 +100,6 @@ class Features(NamedTuple):
     beat: Tensor
     pitch: Tensor
 
-    def take(self, rows: list[int]) -> "Features":
-        """Of some of the sounds."""
-        return Features(*(part[rows] for part in self))
-
 
 class Probe(NamedTuple):
     """A part is None where the training captions say too little."""
@@ -117,57 +114,66 @@ def fit(x: Features, captions: list[str]) -> Probe:
     """The probe of training sounds with these captions."""
     said = [told(caption) for caption in captions]
     names = tuple(sorted({each.instrument for each in said if each.instrument}))
-
-    def part(features: Tensor, values: list, target) -> Linear | None:
-        rows = [i for i, value in enumerate(values) if value is not None]
-        if len(rows) < FEWEST or len({values[i] for i in rows}) < 2:
-            return None
-        return logistic(features[rows], target([values[i] for i in rows]))
-    return Probe(
-        names,
-        part(x.timbre, [each.instrument for each in said], lambda v: _one_hot([names.index(name) for name in v],
-                                                                             len(names))),
-        part(x.beat, [each.tempo for each in said], _around),
-        part(x.pitch, [each.key for each in said], lambda v: _one_hot(v, 24)))
+    return Probe(names, *(_fitted(features, values, shares) for features, values, shares in (
+        (x.timbre, _numbered(said, names), lambda v: F.one_hot(v.long(), len(names))),
+        (x.beat, [each.tempo for each in said], _around),
+        (x.pitch, [each.key for each in said], lambda v: F.one_hot(v.long(), 24)))))
 
 
-def _one_hot(values: list[int], count: int) -> Tensor:
-    return F.one_hot(torch.tensor(values), count).double()
+def _fitted(x: Tensor, values: list, shares: Callable[[Tensor], Tensor]) -> Linear | None:
+    """What tells those of x that have a value, in shares of the classes; None for too few of them, or only one."""
+    rows = _known(values)
+    if len(rows) < FEWEST or len({values[i] for i in rows}) < 2:
+        return None
+    return logistic(x[rows], shares(torch.tensor([values[i] for i in rows], dtype=torch.float64)))
 
 
-def _around(tempos: list[float]) -> Tensor:
-    """A tempo as shares of the tempos near it."""
-    away = torch.tensor(tempos, dtype=torch.float64).log()[:, None] - TEMPOS.log()
-    return torch.softmax(-0.5 * (away / TEMPO_WIDTH).square(), 1)
+def _known(values: list) -> list[int]:
+    return [i for i, value in enumerate(values) if value is not None]
+
+
+def _numbered(said: list[Told], names: tuple[str, ...]) -> list[int | None]:
+    """Each one's instrument as a place in `names`."""
+    return [names.index(each.instrument) if each.instrument in names else None for each in said]
+
+
+def _around(tempos: Tensor) -> Tensor:
+    """Tempos as shares of the tempos near each."""
+    return torch.softmax(-0.5 * ((tempos.log()[:, None] - TEMPOS.log()) / TEMPO_WIDTH).square(), 1)
 
 
 def read_by(probe: Probe, x: Features, captions: list[str], seed: int) -> Numbers:
-    """Is it heard what the caption says: the instrument, the tempo within 8 %, major or minor, and the very key."""
+    """Is it heard what the caption says: the instrument, the tempo within 8 %, major or minor, and the very key.
+
+    What a caption does not say, and instruments that no training caption names, are not counted.
+    """
     said = [told(caption) for caption in captions]
     hits: dict[str, Tensor] = {}
-
-    def count(names: tuple[str, ...], part: Linear | None, features: Tensor, values: list, right) -> None:
-        rows = [i for i, value in enumerate(values) if value is not None]
+    for part, features, values, right in (
+            (probe.instrument, x.timbre, _numbered(said, probe.names), _instrument_right),
+            (probe.tempo, x.beat, [each.tempo for each in said], _tempo_right),
+            (probe.key, x.pitch, [each.key for each in said], _key_right)):
+        rows = _known(values)
         if part is not None and rows:
-            found = right(part(features[rows]), [values[i] for i in rows])
-            hits.update(zip(names, (each.double() for each in found), strict=True))
-    count(("instrument",), probe.instrument, x.timbre,
-          [each.instrument if each.instrument in probe.names else None for each in said],
-          lambda s, v: (s.argmax(1) == torch.tensor([probe.names.index(name) for name in v]),))
-    count((f"tempo within {NEAR:.0%}",), probe.tempo, x.beat, [each.tempo for each in said],
-          lambda s, v: ((TEMPOS[s.argmax(1)] / torch.tensor(v, dtype=torch.float64) - 1).abs() <= NEAR,))
-    count(("mode", "key"), probe.key, x.pitch, [each.key for each in said], _keys_right)
-    return {name: mean_interval(each, seed) for name, each in hits.items()}
+            hits |= right(part(features[rows]), torch.tensor([values[i] for i in rows], dtype=torch.float64))
+    return {name: mean_interval(each.double(), seed) for name, each in hits.items()}
 
 
-def _keys_right(scores: Tensor, keys: list[int]) -> tuple[Tensor, Tensor]:
-    """Is the mode right, whatever the tonic, by the probabilities of all keys in it; and is the key."""
-    right = torch.tensor(keys)
+def _instrument_right(scores: Tensor, asked: Tensor) -> dict[str, Tensor]:
+    return {"instrument": scores.argmax(1) == asked}
+
+
+def _tempo_right(scores: Tensor, asked: Tensor) -> dict[str, Tensor]:
+    return {f"tempo within {100 * NEAR:g} %": (TEMPOS[scores.argmax(1)] / asked - 1).abs() <= NEAR}
+
+
+def _key_right(scores: Tensor, asked: Tensor) -> dict[str, Tensor]:
+    """The mode by the probabilities of all twelve keys in it."""
     modes = scores.softmax(1).unflatten(1, (2, 12)).sum(2).argmax(1)
-    return modes == right // 12, scores.argmax(1) == right
+    return {"mode": modes == asked // 12, "key": scores.argmax(1) == asked}
 
 
 def protocol(probe: Probe) -> dict:
     """What is to be known of the probes."""
-    return {"attributes": "logistic regressions fitted on the training clips: instrument on mel bands, tempo on the "
-                          "autocorrelation of onsets, key on pitch classes", "instruments": len(probe.names)}
+    return {"attributes": "logistic regressions on the training clips: instrument by mel bands, tempo by the "
+                          "autocorrelation of onsets, key by pitch classes", "instruments": len(probe.names)}

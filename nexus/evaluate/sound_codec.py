@@ -4,7 +4,7 @@ K codebooks of `bins` entries, C channels, T samples, F frames.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +40,14 @@ def rebuilt(system: nn.Module, x: np.ndarray) -> Rebuilt:
     parts = system.net.encode(given[None].to(next(system.parameters()).device))
     made = system.net.decode(parts, given.shape[1])[0].float().cpu().clamp(-1, 1)
     return Rebuilt(given, made, torch.cat([part.ids[0] for part in parts], -1).cpu())
+
+
+@torch.inference_mode()
+def through(system: nn.Module, sounds: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Sounds [C, T] as the codec under a model of tokens rebuilds them: as good as the model could ever sound."""
+    for x in sounds:
+        given = torch.from_numpy(x)[None].to(next(system.parameters()).device)
+        yield system.decode(system.encode(given))[0, :, :x.shape[1]].float().cpu().numpy()
 
 
 def log_mel_distance(made: Tensor, x: Tensor, rate: int) -> float:

@@ -20,8 +20,9 @@ LAGS = round(60 / 20 * RATE / HOP) + 2  # frames
 SEMITONES = torch.arange(28, 101, dtype=torch.float64)          # MIDI numbers, E1 to E7
 REGISTERS = ((28, 52), (52, 76), (76, 101))                     # bass, middle, above
 PITCH_WINDOW = 8192                     # samples, half a second: semitones are told apart from C3 up
+BINS, WIDTH = 0.35, 0.25                # how far around a note its frequencies lie: in bins or semitones, the wider
 TIMBRE, BEAT, PITCH = 5 * BANDS, (PARTS + 1) * len(BEATS), len(REGISTERS) * 12
-NAME = f"timbre {BANDS} beat {PARTS} {len(BEATS)} pitch {PITCH_WINDOW} {REGISTERS}"
+NAME = f"timbre {BANDS} beat {PARTS} {len(BEATS)} pitch {PITCH_WINDOW} {REGISTERS} {BINS} {WIDTH}"
 
 
 def listen(x: Tensor) -> Tensor:
@@ -78,9 +79,9 @@ def rotated(classes: Tensor) -> Tensor:
 
 @cache
 def note_bank() -> Tensor:
-    """float32 [73, PITCH_WINDOW // 2 + 1]: the mean of the frequencies about each semitone, at least a bin wide."""
+    """float32 [73, PITCH_WINDOW // 2 + 1]: for each semitone, the mean of the frequencies about it."""
     hertz = torch.arange(PITCH_WINDOW // 2 + 1, dtype=torch.float64) * RATE / PITCH_WINDOW
     notes = 69 + 12 * torch.log2(hertz.clamp_min(1e-3) / 440)
-    width = 0.35 * (12 / math.log(2) * (RATE / PITCH_WINDOW) / hertz.clamp_min(1)).clamp_min(1)
+    width = (BINS * 12 / math.log(2) * (RATE / PITCH_WINDOW) / hertz.clamp_min(1)).clamp_min(WIDTH)   # semitones
     bank = torch.exp(-0.5 * ((notes - SEMITONES[:, None]) / width).square())
     return (bank / bank.sum(1, keepdim=True)).float()

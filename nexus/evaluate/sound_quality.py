@@ -3,12 +3,11 @@
 x float32 [C, T] in [-1, 1] at `rate` samples a second.
 """
 
-import math
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from nexus.decode.patterns import windows
 from nexus.evaluate.bootstrap import mean_interval
 from nexus.evaluate.sets import Numbers
 from nexus.loudness import loudness
@@ -49,6 +48,14 @@ def seam_ranks(x: np.ndarray, rate: int, seams: list[int]) -> list[float]:
     places = {seam: {min(len(sharp) - 1, max(0, seam + way * size // 2) // size) for way in (-1, 1)} for seam in seams}
     others = np.delete(sharp, sorted(set().union(*places.values()))) if places else sharp
     return [float((others < max(sharp[i] for i in places[seam])).mean()) for seam in seams] if len(others) else []
+
+
+def seams(config, seconds: float) -> list[int]:
+    """The samples at which a piece of so many seconds goes on in a new window; none where it is made whole."""
+    if not hasattr(config, "stride"):
+        return []
+    spans = windows(config.frames(seconds), config.frames(config.seconds), config.frames(config.stride))
+    return [stop * config.codec.net.hop for _, stop in spans][:-1]
 
 
 def _blocks(x: np.ndarray, rate: int) -> np.ndarray:

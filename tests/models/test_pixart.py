@@ -228,7 +228,7 @@ def test_impossible_networks_are_refused(bad, said):
 
 
 @pytest.mark.parametrize(("bad", "said"), [
-    ({"learned_variance": False}, "net.learn_sigma True"),
+    ({"learned_variance": False}, "net.out_channels 8"),
     ({"net": {"null_tokens": 0}, "conditioner": {"kind": "pretrained", "recipe": "pixart", "null": "zeros"}},
      "net.null_tokens is 0")])
 def test_settings_that_contradict_each_other_are_refused(bad, said):

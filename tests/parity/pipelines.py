@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -15,15 +14,10 @@ from diffusers import (
 sys.path.insert(0, str(Path(__file__).parents[1] / "text"))
 import encoders  # noqa: E402
 
+from tests.parity.whole import randomise  # noqa: E402
+
 CHAIN = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SIDE, FACTOR = 8, 2                     # of the latents; pixels to a latent
-
-
-def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.5 if p.ndim == 1 else 1.0 * p[0].numel() ** -0.5)
-    return model.eval()
 
 
 def unet(width: int, *, channels: int = 4, xl_pooled: int = 0) -> UNet2DConditionModel:

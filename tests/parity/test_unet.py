@@ -12,11 +12,14 @@ from diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_t
 )
 from safetensors.torch import load_file
 
+from nexus import checkpoint
+from nexus.convert import convert as converting
 from nexus.convert.keymap import to_foreign, to_native
 from nexus.convert.layouts import unet, unet_diffusers, unet_openai
 from nexus.errors import ModelError
 from nexus.models.diffusion.unet import UNetConfig
-from tests.parity.whole import assert_close, shapes
+from nexus.requests import SampleRequest
+from tests.parity.whole import assert_close, randomise, shapes
 
 CASES = Path(os.environ.get("NEXUS_PARITY", Path(__file__).parents[3] / "shared" / "parity"))
 CASE = CASES / "consistency-unet-a"
@@ -60,6 +63,8 @@ OPENAI = {
     "improved": {"scale_shift": True, "heads": 4, "out_channels": 6, "blocks": 3},
     "adm": {"channels": 64, "mult": (1, 2), "scale_shift": True, "resblock_updown": True, "head_dim": 64,
             "num_classes": 7, "null_class": False, "attention": (0, 1), "in_channels": 6},
+    "adm-variance": {"channels": 64, "mult": (1, 2), "scale_shift": True, "resblock_updown": True, "head_dim": 64,
+                     "num_classes": 7, "null_class": False, "attention": (1,), "out_channels": 6},
     "adm-512": {"channels": 128, "mult": (0.5, 1, 2), "resblock_updown": True, "head_dim": 64, "blocks": 1},
     "one-level": {"mult": (2,), "attention": (), "mid_attention": False},
 }
@@ -69,13 +74,6 @@ LATENT = {
              "depth": (1, 2, 3), "pooled_dim": 40, "micro": 6},
     "lcm": {"heads": 8, "guidance_dim": 16},
 }
-
-
-def randomise(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.5 if p.ndim == 1 else (p[0].numel()) ** -0.5)
-    return net.eval()
 
 
 def layout_of(state: dict, foreign: dict | None):
@@ -199,7 +197,8 @@ def test_openai_by_shapes(name, kind):
     if kind == "consistency" and not settings.head_dim and attends:     # taken for heads of 64 there
         read |= {"head_dim": 0, "heads": settings.heads}
     assert UNetConfig.parse(read) == settings
-    assert {"net.heads", "net.head_dim", "size"} == set(layout.unsaid(shapes(foreign), None)) or not attends
+    heads = {"net.heads", "net.head_dim"} if attends else set()
+    assert heads | {"size", "path.beta_schedule"} == set(layout.unsaid(shapes(foreign), None))
     native = to_native(layout.table({"net": settings.to_json()}), foreign)
     assert shapes(native) == shapes(meta(config))
 
@@ -212,6 +211,19 @@ def test_latent_diffusion_by_shapes(name):
     config = {"net": settings.to_json()}
     foreign = to_foreign(unet.OPENAI(config), meta(config))
     assert UNetConfig.parse(unet_openai.config_of(shapes(foreign))) == settings
+
+
+@pytest.mark.parametrize("name", ["improved", "adm-variance", "adm-512"])
+def test_a_file_with_a_learned_variance_is_sampled(name, tmp_path):
+    net = UNetConfig.parse(OPENAI[name])
+    torch.save(to_foreign(unet.OPENAI({"net": net.to_json()}), randomise(net.build()).state_dict()), tmp_path / "a.pt")
+    said = ["size=16", "path.beta_schedule=cosine"]
+    report = converting.convert(tmp_path / "a.pt", tmp_path / "native", overrides=said)
+    assert report.config["learned_variance"] is (net.out_channels == 6) and report.config["clip"]
+    system = checkpoint.load(str(tmp_path / "native"), device="cpu")
+    prompt = "3" if net.num_classes else None
+    made = system.generate(SampleRequest(steps=2, prompt=prompt), seeds=[0]).data
+    assert made.shape == (1, 3, 16, 16) and made.isfinite().all()
 
 
 def test_openai_names():

@@ -44,6 +44,14 @@ def tiny_codec(diffusers):
                                    up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.5).eval()
 
 
+def randomise(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random weights, biases and norms among them, that keep the scale of what goes through."""
+    torch.manual_seed(seed)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.5 if p.ndim == 1 else p[0].numel() ** -0.5)
+    return net.eval()
+
+
 def louder(net, factor: float = 1.5):
     """Larger random weights, so that the conditions and the time show in the picture."""
     with torch.no_grad():

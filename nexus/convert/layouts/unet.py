@@ -14,6 +14,9 @@ from nexus.errors import ModelError
 from nexus.models.diffusion.unet import UNetConfig
 
 SIZE = 32       # pixels or latents, where the file does not tell: what the networks without a side were made for
+# How OpenAI's pixel models are sampled; the chain of the 64 pixel ones is cosine, which no file tells.
+PIXELS = {"path": {"kind": "discrete", "beta_schedule": "linear", "spacing": "linspace"}, "clip": True,
+          "sampler": "ddpm", "steps": 250}
 OPENAI = partial(unet_openai.table, qkv_op="conv1d_to_linear", by_head=True)
 OPENAI_THIRDS = partial(unet_openai.table, qkv_op="conv1d_to_linear", by_head=False)
 CONSISTENCY = partial(unet_openai.table, qkv_op="conv_to_linear", by_head=False)
@@ -28,12 +31,15 @@ def _openai(system: str, name: str, table, label: bool, conv2d: bool, auto: bool
                 and not any(".attn2." in k for k in shapes))
 
     return Layout(name, system, "net", matches,
-                  lambda shapes, foreign: _config(unet_openai.config_of(shapes), SIZE), table,
-                  constants=_standard, unsaid=lambda shapes, foreign: (*unet_openai.unsaid(shapes), "size"), auto=auto)
+                  lambda shapes, foreign: _config(unet_openai.config_of(shapes), SIZE) | PIXELS, table,
+                  constants=_standard, auto=auto,
+                  unsaid=lambda shapes, foreign: (*unet_openai.unsaid(shapes), "size", "path.beta_schedule"))
 
 
 def _config(net: dict, size: int) -> dict:
-    return {"net": net, "size": size} | numbered(net)
+    """Twice the channels that go in are those of a learned variance."""
+    variance = {"learned_variance": True} if net["out_channels"] == 2 * net["in_channels"] else {}
+    return {"net": net, "size": size} | variance | numbered(net)
 
 
 def _standard(config: dict) -> dict[str, Tensor]:

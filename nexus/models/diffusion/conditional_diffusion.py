@@ -33,12 +33,25 @@ class ClassifierNetConfig(Config):
     kind: Literal["classifier"]
     in_channels: int = Field(3, gt=0)
     channels: int = Field(128, gt=0, description="base width")
-    mult: tuple[int, ...] = Field((1, 2, 3, 4), min_length=1)
+    mult: tuple[int | float, ...] = Field((1, 2, 3, 4), min_length=1)
     blocks: int = Field(4, gt=0, description="residual blocks of a level")
     attention: tuple[int, ...] = Field((1, 2, 3), description="levels with attention, 0 = full resolution")
     head_dim: int = Field(64, gt=0)
     groups: int = Field(32, gt=0)
     num_classes: int = Field(1000, ge=0)
+    size: int = Field(0, ge=0, description="side of x, whose places the pooling then knows; 0 = any, without places")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.size % self.multiple:
+            raise ValueError(f"size {self.size}: not a multiple of {self.multiple}, by which {len(self.mult)} levels "
+                             "shrink it")
+        return self
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of the levels."""
+        return tuple(round(m * self.channels) for m in self.mult)
 
     @property
     def multiple(self) -> int:
@@ -51,12 +64,12 @@ class ClassifierNetConfig(Config):
 
 
 class ClassifierNet(nn.Module):
-    """x [B, C, H, W] at times t [B] -> the classes' logits [B, K]. Dhariwal & Nichol 2021."""
+    """x [B, C, H, W] at times t [B] -> logits of the classes [B, K]; with `size` H = W = size (ADM)."""
 
     def __init__(self, config: ClassifierNetConfig):
         super().__init__()
         self.config, c = config, config
-        widths, emb = [m * c.channels for m in c.mult], 4 * c.channels
+        widths, emb = c.widths, 4 * c.channels
         shared = {"emb": emb, "groups": c.groups, "scale_shift": True, "zero_last": True}
         self.head_dim = c.head_dim
         self.time = TimestepMLP(c.channels, emb)
@@ -72,6 +85,8 @@ class ClassifierNet(nn.Module):
                 self.body.append(ResBlock(width, width, resample="down", **shared))
         self.body.extend([ResBlock(here, here, **shared), self._attention(here), ResBlock(here, here, **shared)])
         self.norm_out = nn.GroupNorm(c.groups, here)
+        places = (c.size // c.multiple) ** 2 + 1
+        self.positions = nn.Parameter(torch.randn(here, places) / here**0.5) if c.size else None
         self.qkv = nn.Linear(here, 3 * here)
         self.out = nn.Linear(here, c.num_classes)
 
@@ -85,6 +100,8 @@ class ClassifierNet(nn.Module):
             h = module(h, emb) if isinstance(module, ResBlock) else module(h)
         tokens = F.silu(self.norm_out(h)).flatten(2).transpose(1, 2)
         tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1)       # the mean asks, as in CLIP's pooling
+        if self.positions is not None:
+            tokens = tokens + self.positions.T
         q, k, v = (split_heads(p, p.shape[-1] // self.head_dim) for p in self.qkv(tokens).chunk(3, -1))
         return self.out(merge_heads(attend(q[:, :, :1], k, v))[:, 0])
 
@@ -183,7 +200,7 @@ class ConditionalConfig(DiffusionConfig):
         "imagenet-64": {"net": UNetConfig.presets["imagenet-64"] | {"out_channels": 6}, "size": 64, "clip": True,
                         "learned_variance": True, "path": {"kind": "discrete", "beta_schedule": "cosine"},
                         "steps": 250, "sampler": "ddpm"},
-        "classifier-imagenet-64": {"net": {"kind": "classifier"}, "size": 64,
+        "classifier-imagenet-64": {"net": {"kind": "classifier", "size": 64}, "size": 64,
                                    "path": {"kind": "discrete", "beta_schedule": "cosine"}},
         "edm-imagenet-64": _EDM | {"net": UNetConfig.presets["imagenet-64"] | {"null_class": True, "dropout": 0.1},
                                    "size": 64, "steps": 40, "guidance": 1.0},

@@ -275,8 +275,6 @@ class PixArtConfig(DiffusionConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.learned_variance != self.net.learn_sigma:
-            raise ValueError(f"learned_variance {self.learned_variance}, but net.learn_sigma {self.net.learn_sigma}")
         if getattr(self.conditioner, "null", "") == "zeros" and not self.net.null_tokens:
             raise ValueError("conditioner.null 'zeros' asks for the stored null caption, and net.null_tokens is 0")
         return self

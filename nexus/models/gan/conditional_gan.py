@@ -123,7 +123,7 @@ class ConditionalGANConfig(AdversarialConfig):
     default_preset: ClassVar[str] = "digits"
     recipes: ClassVar[dict[str, dict]] = {
         **{name: {"steps": 20, "batch_size": 4} for name in presets if name.startswith("tiny")},
-        **{name: _ADAM | {"steps": 5000, "batch_size": 64, "lr": 2e-4, "betas": (0.5, 0.99), "ema": 0.998,
+        **{name: _ADAM | {"steps": 12_000, "batch_size": 64, "lr": 2e-4, "betas": (0.5, 0.99), "ema": 0.998,
                           "save_every": 250} for name in ("digits", "digits-map", "digits-auxiliary")},
         "emoji": _ADAM | {"steps": 20_000, "batch_size": 32, "lr": 2e-4, "betas": (0.0, 0.99), "ema": 0.998,
                           "schedule": "cosine", "final_lr": 0.25, "flip": 0.5, "save_every": 500},
