@@ -97,7 +97,7 @@ class DiffusionConfig(Config):
     @model_validator(mode="after")
     def _gives_what_it_denoises(self) -> Self:
         given, channels = getattr(self.net, "out_channels", None), self.latent_shape[0]
-        if given is not None and given != (2 if self.learned_variance else 1) * channels:
+        if given == (1 if self.learned_variance else 2) * channels:
             raise ValueError(f"net.out_channels {given}: of {channels} channels a network gives {channels}, and "
                              f"{2 * channels} with learned_variance (which is {str(self.learned_variance).lower()})")
         return self

@@ -100,6 +100,6 @@ def test_the_published_xl_maps_both_ways_on_meta():
         said = layout.foreign_config and layout.foreign_config(config)
         found = layout.config(shapes(foreign | layout.constants(config)), said)
         assert found["conditioner"]["classes"] == [str(i) for i in range(1000)]
-        assert found == {"conditioner": found["conditioner"], "net": {
+        assert found == {"conditioner": found["conditioner"], "learned_variance": True, "net": {
             key: value for key, value in config["net"].items() if key not in ("null_class", "num_styles")}}
         assert shapes(to_native(layout.table(config), foreign)) == shapes(net.state_dict())

@@ -48,7 +48,7 @@ def _original_config(shapes: Shapes, foreign: dict | None) -> dict:
                        ".mlp.fc1.weight", "final_layer.linear.weight")
     grid = round(shapes["pos_embed"][1] ** 0.5) if "pos_embed" in shapes else 32 // net["patch"]
     net |= {"size": grid * net["patch"], "heads": PUBLISHED_HEADS.get(net["hidden"])}
-    return {"net": net} | numbered(net)
+    return {"net": net, "learned_variance": net["learn_sigma"]} | numbered(net)
 
 
 def _original_unsaid(shapes: Shapes, foreign: dict | None) -> tuple[str, ...]:
@@ -88,7 +88,7 @@ def _diffusers_config(shapes: Shapes, foreign: dict | None) -> dict:
         raise ModelError(f"config.json: activation_fn is {said['activation_fn']!r}, a DiT has 'gelu-approximate'")
     net |= {"size": said.get("sample_size", 32),
             "heads": said.get("num_attention_heads", PUBLISHED_HEADS.get(net["hidden"]))}
-    return {"net": net} | numbered(net)
+    return {"net": net, "learned_variance": net["learn_sigma"]} | numbered(net)
 
 
 def _diffusers_unsaid(shapes: Shapes, foreign: dict | None) -> tuple[str, ...]:

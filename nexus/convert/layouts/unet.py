@@ -14,9 +14,9 @@ from nexus.errors import ModelError
 from nexus.models.diffusion.unet import UNetConfig
 
 SIZE = 32       # pixels or latents, where the file does not tell: what the networks without a side were made for
-# How OpenAI's pixel models are sampled; the chain of the 64 pixel ones is cosine, which no file tells.
-PIXELS = {"path": {"kind": "discrete", "beta_schedule": "linear", "spacing": "linspace"}, "clip": True,
-          "sampler": "ddpm", "steps": 250}
+# The chain of OpenAI's 64 pixel models is cosine, which no file tells; ADM is sampled as below.
+CHAIN = {"path": {"kind": "discrete", "beta_schedule": "linear", "spacing": "linspace"}}
+ADM = {"clip": True, "sampler": "ddpm", "steps": 250}
 OPENAI = partial(unet_openai.table, qkv_op="conv1d_to_linear", by_head=True)
 OPENAI_THIRDS = partial(unet_openai.table, qkv_op="conv1d_to_linear", by_head=False)
 CONSISTENCY = partial(unet_openai.table, qkv_op="conv_to_linear", by_head=False)
@@ -31,7 +31,8 @@ def _openai(system: str, name: str, table, label: bool, conv2d: bool, auto: bool
                 and not any(".attn2." in k for k in shapes))
 
     return Layout(name, system, "net", matches,
-                  lambda shapes, foreign: _config(unet_openai.config_of(shapes), SIZE) | PIXELS, table,
+                  lambda shapes, foreign: _config(unet_openai.config_of(shapes), SIZE) | CHAIN | (ADM if label else {}),
+                  table,
                   constants=_standard, auto=auto,
                   unsaid=lambda shapes, foreign: (*unet_openai.unsaid(shapes), "size", "path.beta_schedule"))
 
