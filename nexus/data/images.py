@@ -24,7 +24,8 @@ from nexus.data.spec import EMBEDDED
 from nexus.data.split import SPLITS, chosen, held_out
 from nexus.errors import InputError, UsageError
 
-STYLES = ("noto", "twemoji", "flat", "3d")  # of "emoji"; "emoji:outline" has to be asked for
+STYLES = ("noto", "twemoji", "flat", "3d")  # of "emoji"; the others have to be asked for
+ALL_STYLES = (*STYLES, "outline", "classic", "emojione", "fxemoji")
 GROUPS = "-groups"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -113,8 +114,8 @@ def open_images(spec: str, *, size: int | None = None, channels: int | None = No
                 split: str = "train") -> ImageSet:
     """Opens "emoji", "mnist", a folder, or a .tar (or a glob of them) as pictures of size x size pixels.
 
-    "emoji:noto+flat" are those of some styles alone; "emoji" are those of STYLES. "emoji-groups" are the same
-    pictures, whose class is the group ("food and drink") and not the concept.
+    "emoji:noto+flat" are those of some styles alone; "emoji" are those of STYLES, "emoji:all" of ALL_STYLES.
+    "emoji-groups" are the same pictures, whose class is the group ("food and drink") and not the concept.
 
     Without `size` and `channels`: as packed (emoji 64 RGB, mnist 28 grey), else 64 RGB. Raises UsageError for
     a bad option, InputError when there is nothing to read; single bad pictures land in `.skipped` instead.
@@ -133,6 +134,8 @@ def open_images(spec: str, *, size: int | None = None, channels: int | None = No
 
 def _open_embedded(name: str, size: int | None, channels: int | None, split: str, wanted: tuple[str, ...]) -> ImageSet:
     pictures, items = shards.read(name.removesuffix(GROUPS))
+    if wanted == ("all",) and name != "mnist":
+        wanted = ALL_STYLES
     if unknown := set(wanted) - {item.get("style") for item in items}:
         raise InputError(f"{name} has no style {min(unknown)!r}",
                          hint="styles: " + (", ".join(sorted({i["style"] for i in items if "style" in i})) or "none"))

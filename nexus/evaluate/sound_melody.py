@@ -1,4 +1,4 @@
-"""Whether a piece follows the melody that it was given: chroma against chroma, frame for frame."""
+"""Whether a piece follows the melody that it was given: chroma and notes against its own, frame for frame."""
 
 import tempfile
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus.codecs.chroma import ChromaConfig, chroma
+from nexus.evaluate import sound_notes
 from nexus.evaluate.bootstrap import mean_interval
 from nexus.evaluate.sets import Numbers
 from nexus.evaluate.sound_features import Clips
@@ -37,25 +38,35 @@ def measured(system: nn.Module, request: SampleRequest, clips: Clips, prompts: l
     """The cosine of pieces to the melodies of real clips that they were given, and to those of the next ones.
 
     prompts, seeds: of each piece, as many as clips. Copet et al. 2023, section 5.2: on chroma of the loudest note.
-    -> (numbers, protocol), empty for fewer than 2 clips.
+    With Basic Pitch at hand, likewise the F-score of their notes. -> (numbers, protocol), empty for fewer than 2 clips.
     """
     if len(clips.rows) < FEWEST:
         return {}, {}
-    config, rate = system.config.melody, system.config.rate
+    config, rate, read = system.config.melody, system.config.rate, sound_notes.reader()
     melodies, made = [], []
     for i, x in enumerate(clips.sounds()):
-        melodies.append(_chroma(x, rate, config))
-        piece = _piece(system, request.model_copy(update={"prompt": prompts[i]}), x, seeds[i])
-        made.append(_chroma(piece, rate, config))
+        melodies.append(x)
+        made.append(_piece(system, request.model_copy(update={"prompt": prompts[i]}), x, seeds[i]))
         watch(i + 1, len(clips.rows))
-    own = torch.tensor([cosine(x, y) for x, y in zip(made, melodies, strict=True)], dtype=torch.float64)
-    other = torch.tensor([cosine(x, y) for x, y in zip(made, melodies[1:] + melodies[:1], strict=True)],
-                         dtype=torch.float64)
-    pairs = {"chroma cosine to the melody": own, "chroma cosine to another melody": other,
-             "chroma cosine, difference": own - other}
-    facts = {"melodies": len(own), "chroma": f"{config.bins} bins, windows of {1 << config.exponent} samples, "
-                                             + ("the loudest alone" if config.loudest else "all of them")}
-    return {name: mean_interval(values) for name, values in pairs.items()}, facts
+    found = _compared("chroma cosine", cosine, *([_chroma(x, rate, config) for x in side] for side in (made, melodies)))
+    notes = f"not read, Basic Pitch is missing: {sound_notes.HINT}"
+    if read:
+        found |= _compared("note agreement", sound_notes.agreement,
+                           *([read(x, rate) for x in side] for side in (made, melodies)))
+        notes = f"Basic Pitch 0.4.0, above {sound_notes.SOUNDING}"
+    facts = {"melodies": len(made), "notes": notes,
+             "chroma": f"{config.bins} bins, windows of {1 << config.exponent} samples, "
+                       + ("the loudest alone" if config.loudest else "all of them")}
+    return found, facts
+
+
+def _compared(name: str, score: Callable[[Any, Any], float], made: list, melodies: list) -> Numbers:
+    """The mean score of what was made against its own melody, against the next one, and the difference."""
+    own = [score(x, y) for x, y in zip(made, melodies, strict=True)]
+    other = [score(x, y) for x, y in zip(made, melodies[1:] + melodies[:1], strict=True)]
+    scores = {f"{name} to the melody": own, f"{name} to another melody": other,
+              f"{name}, difference": [x - y for x, y in zip(own, other, strict=True)]}
+    return {key: mean_interval(torch.tensor(values, dtype=torch.float64)) for key, values in scores.items()}
 
 
 def _chroma(x: np.ndarray, rate: int, config: ChromaConfig) -> Tensor:

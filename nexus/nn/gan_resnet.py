@@ -30,6 +30,11 @@ def _scaled(conv: nn.Conv2d | nn.Linear, gain: float) -> nn.Module:
     return conv
 
 
+# Networks of the embedded pictures. Dense convolutions: grouped ones, as R3GAN has them, cost several times as much a
+# step on a processor and on a graphics card alike.
+EMOJI_NET = {"kind": "resnet", "widths": (256, 256, 160, 80, 40), "blocks": 1, "expansion": 1, "group": 1024}
+
+
 class Block(nn.Module):
     """x [B, C, H, W] + a bottleneck of `inner` channels, grouped; emb [B, E] steers its norms where it has such.
 

@@ -32,7 +32,7 @@ class TokenLMConfig(Config):
 
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"codebooks": 2, "bins": 16, "dim": 32, "depth": 2, "heads": 2, "context_dim": 16, **_MELODY},
-        "music": {"bins": 1024, "dim": 256, "depth": 9, "heads": 4, "context_dim": 128, **_MELODY},
+        "music": {"bins": 1024, "dim": 160, "depth": 8, "heads": 4, "context_dim": 128, **_MELODY},
     } | {f"{kind}{size}{end}": fields | more | (_STEREO if end else {})
          for size, fields in SIZES.items() for kind, more in (("", {}), ("melody-", _MELODY))
          for end in ("", "-stereo")}

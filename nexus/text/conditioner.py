@@ -38,6 +38,7 @@ class LabelCondConfig(Config):
     classes: tuple[str, ...] = ()
     styles: tuple[str, ...] = ()
     default_style: str = ""         # "" = the null style
+    style_dropout: float = Field(0.0, ge=0, le=1)       # share of training pictures whose style is not said
 
     def adapt(self, classes: tuple[str, ...], styles: tuple[str, ...]) -> Self:
         """A copy with the data set's names, where none were given."""
@@ -56,9 +57,15 @@ class LabelConditioner(nn.Module):
         self.config = config
 
     def training_cond(self, batch: dict, rng: torch.Generator) -> Cond:
-        """The ids of a training batch."""
+        """The ids of a training batch, most of them with their style."""
         cond = {"label": batch["label"]}
-        return cond | {"style": batch["style"]} if self.config.styles else cond
+        if not self.config.styles:
+            return cond
+        style = batch["style"]
+        if self.config.style_dropout:
+            quiet = torch.rand(len(style), generator=rng) < self.config.style_dropout
+            style = style.masked_fill(quiet.to(style.device), len(self.config.styles))
+        return cond | {"style": style}
 
     def prompts(self, prompts: list[str | None], device: torch.device) -> tuple[Cond, tuple[dict, ...]]:
         """Each prompt as ids, with a note of what it was matched to; None is the null. Raises InputError."""

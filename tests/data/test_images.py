@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from nexus.data import shards
-from nexus.data.images import DIGITS, STYLES, open_images
+from nexus.data.images import ALL_STYLES, DIGITS, STYLES, open_images
 from nexus.data.split import held_out
 from nexus.errors import InputError, UsageError
 
@@ -63,7 +63,7 @@ def test_most_concepts_exist_in_every_style(emoji):
 def test_shards_match_the_data_card():
     card = (shards.FOLDER / "README.md").read_text()
     tars = sorted(shards.FOLDER.glob("*.tar"))
-    assert len(tars) == 7
+    assert len(tars) == 10
     for tar in tars:
         assert f"{hashlib.sha256(tar.read_bytes()).hexdigest()}  {tar.name}\n" in card
         assert tar.stat().st_size <= 12 * 2**20
@@ -89,6 +89,17 @@ def test_splits_partition_the_emoji(emoji):
         seen.update(pairs)
     assert seen == Counter((c, STYLES[s]) for c, s in zip(emoji.captions, emoji.style_ids, strict=True))
     assert not set(parts["train"].captions) & set(parts["concept"].captions)
+
+
+def test_all_styles_hold_the_same_out(emoji):
+    """Each style's own split, none of whose pictures another split has; the classes are those of "emoji"."""
+    sizes = {split: len(open_images("emoji:all", split=split)) for split in ("train", "pair", "concept")}
+    assert sizes == {"train": 9397, "pair": 1059, "concept": 495}
+    pair = open_images("emoji:all", split="pair")
+    assert pair.facts.styles == ALL_STYLES and pair.facts.classes == emoji.facts.classes
+    four = [(c, s) for c, s in zip(pair.captions, pair.style_ids, strict=True) if s < len(STYLES)]
+    plain = open_images("emoji", split="pair")
+    assert sorted(four) == sorted(zip(plain.captions, plain.style_ids, strict=True))
 
 
 def test_mnist():

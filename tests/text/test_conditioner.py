@@ -60,3 +60,17 @@ def test_drop_and_join_act_item_by_item():
 def test_letter_groups_are_stable():
     assert letter_groups("cat", 2048) == letter_groups("cat", 2048)
     assert set(letter_groups("cats", 2048)) & set(letter_groups("cat", 2048))
+
+
+def test_some_labels_come_without_their_style():
+    """The style of about that share of a batch is the null, the class never; as drawn from the generator."""
+    config = LabelCondConfig(classes=("apple", "cat"), styles=("noto", "flat"), style_dropout=0.25)
+    batch = {"label": torch.ones(2000, dtype=torch.int64), "style": torch.zeros(2000, dtype=torch.int64)}
+    made = config.build().training_cond(batch, torch.Generator().manual_seed(0))
+    assert torch.equal(made["label"], batch["label"])
+    assert set(made["style"].tolist()) == {0, 2}
+    assert 0.2 < (made["style"] == 2).float().mean() < 0.3
+    again = config.build().training_cond(batch, torch.Generator().manual_seed(0))
+    assert torch.equal(again["style"], made["style"])
+    plain = config.model_copy(update={"style_dropout": 0.0}).build().training_cond(batch, torch.Generator())
+    assert torch.equal(plain["style"], batch["style"])

@@ -188,6 +188,9 @@ class ConditionalConfig(DiffusionConfig):
                                                 "attention": (1,), "head_dim": 16, "groups": 8, "num_classes": 3}},
         "emoji": {"net": UNetConfig.presets["emoji"], "codec": SHARED_CODEC, "prediction": "v", "steps": 20,
                   "sampler": "dpmpp-2m", "conditioner": TextCondConfig.presets["emoji"]},
+        "edm": _EDM | {"net": UNetConfig.presets["emoji-labels"], "codec": SHARED_CODEC, "steps": 18,
+                       "path": _EDM["path"] | {"sigma_data": 1.0}, "guidance": 1.5,
+                       "conditioner": {"kind": "label", "default_style": "noto", "style_dropout": 0.1}},
         "inpaint": {"net": UNetConfig.presets["emoji"] | {"in_channels": 2 * SHARED_LATENTS + 1}, "codec": SHARED_CODEC,
                     "prediction": "v", "steps": 20, "sampler": "dpmpp-2m", "concat": {"kind": "inpaint"},
                     "conditioner": TextCondConfig.presets["emoji"]},
@@ -209,6 +212,7 @@ class ConditionalConfig(DiffusionConfig):
     recipes: ClassVar[dict[str, dict]] = {
         "tiny": {"steps": 20, "batch_size": 4},
         "emoji": EMOJI_RECIPE,
+        "edm": EMOJI_RECIPE | {"steps": 10_000},
     }
     recipes |= {
         "inpaint": EMOJI_RECIPE | {"cache_latents": False},

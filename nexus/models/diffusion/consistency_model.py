@@ -15,18 +15,18 @@ from nexus.errors import ModelError, UsageError
 from nexus.models.diffusion.unet import UNetConfig
 from nexus.process import consistency as cm
 from nexus.process import edm
-from nexus.process.diffusion import SHARED_CODEC, SHARED_LATENTS
+from nexus.process.diffusion import SHARED_CODEC
 from nexus.process.jump import Consistency, JumpConfig, Pair
 from nexus.process.paths import VEPath
 from nexus.process.predictions import denoiser, network_input, over
 from nexus.text.conditioner import Cond, LabelCondConfig, NoCondConfig, TextCondConfig
 
-_LATENT_UNET = {"in_channels": SHARED_LATENTS, "out_channels": SHARED_LATENTS, "channels": 64, "mult": (1, 2),
-                "blocks": 1, "attention": (1,), "head_dim": 32, "groups": 16, "scale_shift": True}
 _CD = {"scales": "fixed", "s0": 40, "levels": "uniform", "target": "fixed", "weighting": "uniform", "distance": "l2",
        "steps": 2}
 _CT = {"scales": "progressive", "s0": 2, "levels": "uniform", "target": "adaptive", "weighting": "uniform",
        "distance": "l2", "steps": 2}
+_EMOJI = {"net": UNetConfig.presets["emoji-labels"], "codec": SHARED_CODEC, "clip": False, "steps": 2,
+          "conditioner": {"kind": "label", "default_style": "noto", "style_dropout": 0.1}, "path": {"sigma_data": 1.0}}
 _BEDROOM = {"net": UNetConfig.presets["lsun-256"], "size": 256, "conditioner": {"kind": "none"}}
 
 
@@ -135,9 +135,8 @@ class ConsistencyConfig(JumpConfig):
 
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"net": UNetConfig.presets["tiny"], "size": 16, "s0": 4, "s1": 16, "total": 20, "steps": 2},
-        "emoji": {"net": _LATENT_UNET, "codec": SHARED_CODEC, "clip": False, "s1": 160, "total": 20_000,
-                  "level_mean": -0.4, "steps": 2, "conditioner": {"kind": "label", "default_style": "noto"},
-                  "path": {"sigma_data": 1.0}},
+        "emoji": _EMOJI | {"s1": 160, "total": 20_000, "level_mean": -0.4},
+        "emoji-distil": _CD | _EMOJI | {"path": {"sigma_data": 1.0, "visits": (0, 20)}},    # --set teacher=RUN
         "imagenet-64": _CD | {"net": UNetConfig.presets["imagenet-64"], "size": 64, "path": {"visits": (0, 22)}},
         "imagenet-64-ct": _CT | {"net": UNetConfig.presets["imagenet-64"], "size": 64, "s1": 200, "total": 800_000,
                                  "path": {"points": 201, "visits": (0, 106)}},
@@ -149,6 +148,9 @@ class ConsistencyConfig(JumpConfig):
         "tiny": {"steps": 20, "batch_size": 4},
         "emoji": {"steps": 20_000, "batch_size": 64, "lr": 5e-4, "warmup": 200, "schedule": "linear", "final_lr": 0.05,
                   "ema": 0.998, "save_every": 500, "cache_latents": True, "betas": (0.9, 0.99)},
+        "emoji-distil": {"steps": 10_000, "batch_size": 64, "lr": 2e-4, "warmup": 200, "schedule": "linear",
+                         "final_lr": 0.05, "ema": 0.998, "save_every": 500, "cache_latents": True,
+                         "betas": (0.9, 0.99)},
         "imagenet-64": {"steps": 600_000, "batch_size": 2048, "lr": 8e-6, "ema": 0.9999, "save_every": 10_000},
         "imagenet-64-ct": {"steps": 800_000, "batch_size": 2048, "lr": 1e-4, "ema": 0.9999, "save_every": 10_000},
     }

@@ -67,8 +67,10 @@ class DiTNetConfig(Config):
 
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"size": 8, "hidden": 32, "depth": 2, "heads": 2, "num_classes": 3},
-        "emoji": {"size": 16, "in_channels": SHARED_LATENTS, "hidden": 192, "depth": 8, "heads": 3, "num_classes": 0,
+        "emoji": {"size": 16, "in_channels": SHARED_LATENTS, "hidden": 168, "depth": 8, "heads": 3, "num_classes": 0,
                   "learn_sigma": False},
+        "emoji-small": {"size": 16, "in_channels": SHARED_LATENTS, "hidden": 128, "depth": 8, "heads": 4,
+                        "num_classes": 0, "learn_sigma": False},
     } | {
         f"{name}/{patch}": {"patch": patch, "hidden": hidden, "depth": depth, "heads": heads}
         for name, hidden, depth, heads in
@@ -212,7 +214,7 @@ class DiTConfig(DiffusionConfig):
         "emoji": {"net": DiTNetConfig.presets["emoji"],
                   "codec": SHARED_CODEC, "learned_variance": False, "guidance": 3.0, "guided_channels": None,
                   "steps": 20, "sampler": "dpmpp-2m", "prediction": "v",
-                  "conditioner": {"default_style": "noto"}},
+                  "conditioner": {"default_style": "noto", "style_dropout": 0.1}},
     } | {name: {"net": fields} for name, fields in DiTNetConfig.presets.items() if "/" in name}
     default_preset: ClassVar[str] = "emoji"
     recipes: ClassVar[dict[str, dict]] = {

@@ -84,8 +84,8 @@ class FluxNetConfig(Config):
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"in_channels": 4, "out_channels": 4, "hidden": 32, "heads": 2, "depth": 1, "single_depth": 2,
                  "context_dim": 16, "pooled_dim": 16, "axes": (4, 6, 6), "guidance": False},
-        "emoji": {"in_channels": SHARED_LATENTS, "out_channels": SHARED_LATENTS, "hidden": 192, "heads": 3, "depth": 2,
-                  "single_depth": 4, "context_dim": 128, "pooled_dim": 128, "axes": (16, 24, 24), "guidance": False},
+        "emoji": {"in_channels": SHARED_LATENTS, "out_channels": SHARED_LATENTS, "hidden": 144, "heads": 3, "depth": 2,
+                  "single_depth": 4, "context_dim": 128, "pooled_dim": 128, "axes": (8, 20, 20), "guidance": False},
         "flux-dev": {},
         "flux-schnell": {"guidance": False},
     }

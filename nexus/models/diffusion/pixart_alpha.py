@@ -72,7 +72,7 @@ class PixArtNetConfig(Config):
 
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"size": 8, "hidden": 24, "depth": 2, "heads": 2, "context_dim": 16, "null_tokens": 4},
-        "emoji": {"size": 16, "in_channels": SHARED_LATENTS, "hidden": 192, "depth": 6, "heads": 3,
+        "emoji": {"size": 16, "in_channels": SHARED_LATENTS, "hidden": 144, "depth": 6, "heads": 3,
                   "context_dim": 128, "null_tokens": 0, "learn_sigma": False},
         "xl-256": {"size": 32, "pos_scale": 0.5},
         "xl-512": {},

@@ -33,8 +33,8 @@ TOGETHER = 64           # pairs made at once; fixed, so that the same pairs have
 WATCHED = 8             # paths that a training step measures straightness on
 MEASURED = 64           # paths that `nexus eval` measures it on
 
-_EMOJI = {"net": DiTNetConfig.presets["emoji"], "codec": SHARED_CODEC, "steps": 20, "sampler": "euler",
-          "guidance": 3.0, "conditioner": {"kind": "label", "default_style": "noto"}}
+_EMOJI = {"net": DiTNetConfig.presets["emoji-small"], "codec": SHARED_CODEC, "steps": 20, "sampler": "euler",
+          "guidance": 3.0, "conditioner": {"kind": "label", "default_style": "noto", "style_dropout": 0.1}}
 # Guidance is in the pairs already; a student that is guided again overshoots.
 _TAUGHT = {"teacher": "flow", "pairs": 8192, "pair_sampler": "midpoint", "pair_steps": 16, "guidance": 1.0}
 

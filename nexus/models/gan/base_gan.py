@@ -2,11 +2,11 @@
 
 from typing import ClassVar
 
+from nexus.nn.gan_resnet import EMOJI_NET
 from nexus.process.adversarial import AdversarialConfig
 
 TINY_NET = {"kind": "dcgan", "size": 16, "width": 8, "latents": 16}
 _TINY_WIDTHS = {"kind": "resnet", "widths": (16, 16, 8), "blocks": 1, "group": 8}
-_EMOJI_NET = {"kind": "resnet", "widths": (224, 224, 160, 96, 48), "blocks": 2, "group": 16}
 _MODERN = {"loss": "relativistic", "augment": ("translation",)}
 
 
@@ -17,7 +17,7 @@ class GANConfig(AdversarialConfig):
         "tiny": {"net": TINY_NET, "critic": {"kind": "dcgan", "width": 8}},
         "tiny-modern": _MODERN | {"net": _TINY_WIDTHS | {"latents": 16}, "critic": _TINY_WIDTHS, "r1": 1.0, "r2": 1.0},
         "dcgan": {},
-        "emoji": _MODERN | {"net": _EMOJI_NET, "critic": _EMOJI_NET, "r1": 2.0, "r2": 2.0},
+        "emoji": _MODERN | {"net": EMOJI_NET, "critic": EMOJI_NET, "r1": 2.0, "r2": 2.0},
         "digits": {"net": {"kind": "dcgan", "size": 32, "channels": 1, "width": 32, "latents": 64},
                    "critic": {"kind": "dcgan", "width": 32, "norm": "none"},
                    "loss": "relativistic", "r1": 1.0, "r2": 1.0},

@@ -17,7 +17,7 @@ from nexus.losses.diversity import diversity
 from nexus.media import Media
 from nexus.nn.dcgan import DCCriticConfig, DCGeneratorConfig
 from nexus.nn.gan_blocks import frozen
-from nexus.nn.gan_resnet import ResCriticConfig, ResGeneratorConfig
+from nexus.nn.gan_resnet import EMOJI_NET, ResCriticConfig, ResGeneratorConfig
 from nexus.nn.patch_critic import PatchCritic
 from nexus.nn.translators import UNetConfig
 from nexus.phase import Phase
@@ -43,7 +43,6 @@ class PairCriticConfig(Config):
 
 _DIGITS = {"kind": "dcgan", "size": 32, "channels": 1, "width": 32, "latents": 64}
 _CRITIC = {"kind": "dcgan", "width": 32}
-_EMOJI = {"kind": "resnet", "widths": (224, 224, 160, 96, 48), "blocks": 2, "group": 16}
 _TINY = {"kind": "dcgan", "size": 16, "width": 8, "latents": 8, "label_dim": 8}
 _ADAM = {"optimizer": "adam", "clip": 0.0}
 
@@ -114,7 +113,7 @@ class ConditionalGANConfig(AdversarialConfig):
                    "critic": _CRITIC | {"norm": "none", "label": "projection"}},
         "digits-map": {"net": _DIGITS, "critic": _CRITIC | {"label": "map"}},
         "digits-auxiliary": {"net": _DIGITS, "critic": _CRITIC | {"label": "auxiliary"}},
-        "emoji": {"net": _EMOJI, "critic": _EMOJI | {"label": "projection"}, "loss": "relativistic", "r1": 2.0,
+        "emoji": {"net": EMOJI_NET, "critic": EMOJI_NET | {"label": "projection"}, "loss": "relativistic", "r1": 2.0,
                   "r2": 2.0, "augment": ("translation",)},
         "pix2pix": {"net": {"kind": "unet"}, "critic": {"kind": "patch"}, "conditioner": {"kind": "none"}},
         "pix2pix-emoji": {"net": {"kind": "unet", "width": 20, "depth": 6}, "size": 64, "conditioner": {"kind": "none"},

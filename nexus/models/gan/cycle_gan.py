@@ -43,7 +43,7 @@ class PatchNetConfig(Config):
         return critic
 
 
-_EMOJI = {"kind": "resnet", "width": 32, "blocks": 6}
+_EMOJI = {"kind": "resnet", "width": 24, "blocks": 6}
 
 
 class CycleGANConfig(Config):

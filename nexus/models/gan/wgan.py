@@ -7,11 +7,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from nexus.nn.gan_resnet import ResCriticConfig, ResGeneratorConfig
+from nexus.nn.gan_resnet import EMOJI_NET, ResCriticConfig, ResGeneratorConfig
 from nexus.process.adversarial import AdversarialConfig, AnyCritic, AnyGenerator
 
 _CLIP = {"gp": 0.0, "clip": 0.01}
-_EMOJI = {"kind": "resnet", "widths": (224, 224, 160, 96, 48), "blocks": 1, "group": 16}
 
 
 class WGANConfig(AdversarialConfig):
@@ -33,7 +32,7 @@ class WGANConfig(AdversarialConfig):
         "gp": {},
         "clip": _CLIP | {"net": {"kind": "dcgan"}, "critic": {"kind": "dcgan"}},
         "dcgan-gp": {"net": {"kind": "dcgan"}, "critic": {"kind": "dcgan", "norm": "layer"}},
-        "emoji": {"net": _EMOJI | {"norm": "batch", "latents": 64}, "critic": _EMOJI, "drift": 1e-3,
+        "emoji": {"net": EMOJI_NET | {"norm": "batch", "latents": 64}, "critic": EMOJI_NET, "drift": 1e-3,
                   "critic_steps": 3},
     }
     default_preset: ClassVar[str] = "emoji"

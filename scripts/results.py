@@ -1,0 +1,81 @@
+"""Put what was measured of the embedded checkpoints into their pages: `python scripts/results.py [NAME...]`.
+
+`nexus eval NAME -o scripts/measured/NAME.json` measures; this writes the table, and a picture of what the checkpoint
+makes, between the marks `<!-- zoo results: NAME -->` and `<!-- end -->` of a page.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from nexus import api, checkpoint, stored
+from nexus.images import contact_sheet, write_image
+from nexus.requests import SampleRequest
+from nexus.text.conditioner import NoCondConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS, MEASURED, PICTURES = ROOT / "docs", ROOT / "scripts" / "measured", ROOT / "docs" / "pictures"
+MARKS = re.compile(r"<!-- zoo results: ([\w-]+) -->.*?<!-- end -->", re.DOTALL)
+PROMPTS = ("red apple", "grinning face", "dog face, 3d style", "guitar, flat style", "frog, twemoji style",
+           "sunflower, flat style", "rocket, 3d style", "bicycle, twemoji style")
+BETWEEN = re.compile(r"real kid, (?!two halves|noto from flat)")    # every pair of styles: the card has them all
+
+
+def rows(name: str) -> list[str]:
+    """The table of one checkpoint and the line of its protocol."""
+    found = json.loads((MEASURED / f"{name}.json").read_text(encoding="utf-8"))
+    lines = ["| number | value | 95 % interval |", "|---|---|---|"]
+    for key, value in found["numbers"].items():
+        if BETWEEN.match(key):
+            continue
+        if isinstance(value, dict):
+            lines.append(f"| {key} | {value['value']:.4g} | {value['low']:.4g} to {value['high']:.4g} |")
+        else:
+            lines.append(f"| {key} | {value:.4g} | |")
+    facts = found["protocol"]
+    shown = [f"{key} {facts[key]}" for key in ("data", "split", "made", "real", "clips", "steps", "guidance", "sampler",
+                                               "seed") if facts.get(key) is not None]
+    return [*lines, "", f"({', '.join(shown)}; the whole protocol stands in the card, `nexus/zoo/{name}/README.md`.)"]
+
+
+def picture(name: str) -> Path | None:
+    """docs/pictures/NAME.webp, of pictures with the seeds 0 to 7; None for a model that makes no picture of nothing."""
+    system = checkpoint.load(name, device="cpu")
+    if getattr(system.config, "medium", "image") != "image" or not hasattr(system, "generate") or \
+            hasattr(system, "translate"):
+        return None
+    told = not isinstance(getattr(system.config, "conditioner", NoCondConfig()), NoCondConfig)
+    classes = getattr(getattr(system.config, "conditioner", None), "classes", ())
+    prompts = ([None] * 8 if not told else [str(i) for i in range(8)] if "seven" in classes else
+               [classes[i % len(classes)] for i in range(8)] if 0 < len(classes) < 20 else list(PROMPTS))
+    made = [next(api.sample(system, SampleRequest(prompt=p), seeds=[s], model=name)).image
+            for s, p in enumerate(prompts)]
+    file = PICTURES / f"{name}.webp"
+    write_image(file, contact_sheet(made, 8, prompts if told else None), exists="overwrite")
+    return file
+
+
+def block(name: str) -> str:
+    """What stands between the marks."""
+    file = picture(name)
+    shown = [f"![What {name} makes](pictures/{file.name})", ""] if file else []
+    measured = rows(name) if (MEASURED / f"{name}.json").exists() else ["Not measured yet."]
+    return "\n".join([f"<!-- zoo results: {name} -->", "", *shown, *measured, "", "<!-- end -->"])
+
+
+def main(names: list[str]) -> None:
+    """Every page that has the marks of one of the names; all without any."""
+    PICTURES.mkdir(exist_ok=True)
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for name in MARKS.findall(text):
+            if (not names or name in names) and (stored.ZOO / name).exists():
+                text = re.sub(rf"<!-- zoo results: {name} -->.*?<!-- end -->", lambda _, n=name: block(n), text,
+                              flags=re.DOTALL)
+                print(f"{page.name}: {name}")
+        page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
