@@ -39,6 +39,22 @@ def rows(name: str) -> list[str]:
     return [*lines, "", f"({', '.join(shown)}; the whole protocol stands in the card, `nexus/zoo/{name}/README.md`.)"]
 
 
+def few_steps(name: str) -> list[str]:
+    """The table of a model of few steps against its teacher, which scripts/steps.py measured; [] for others."""
+    file = MEASURED / "steps.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if name not in found:
+        return []
+    teacher = found[name].pop("teacher")
+    lines = ["", f"By the number of steps, {found['count']} held-out pairs (`scripts/steps.py`):", "",
+             "| steps | KID | of the teacher's | caption top-5 |", "|---|---|---|---|"]
+    for said, row in [*((steps, found[name][steps]) for steps in sorted(found[name], key=int)),
+                      ("teacher, 30", teacher)]:
+        share = row["kid"]["value"] / teacher["kid"]["value"]
+        lines.append(f"| {said} | {row['kid']['value']:.4g} | {share:.2f} | {row['caption top-5']['value']:.4g} |")
+    return lines
+
+
 def picture(name: str) -> Path | None:
     """docs/pictures/NAME.webp, of pictures with the seeds 0 to 7; None for a model that makes no picture of nothing."""
     system = checkpoint.load(name, device="cpu")
@@ -61,7 +77,7 @@ def block(name: str) -> str:
     file = picture(name)
     shown = [f"![What {name} makes](pictures/{file.name})", ""] if file else []
     measured = rows(name) if (MEASURED / f"{name}.json").exists() else ["Not measured yet."]
-    return "\n".join([f"<!-- zoo results: {name} -->", "", *shown, *measured, "", "<!-- end -->"])
+    return "\n".join([f"<!-- zoo results: {name} -->", "", *shown, *measured, *few_steps(name), "", "<!-- end -->"])
 
 
 def main(names: list[str]) -> None:

@@ -48,7 +48,7 @@ class DiscretePath(Config):
     offset: int = Field(0, ge=0)                    # added to "leading" indices; 1 for Stable Diffusion
     open_end: bool = False                          # spaced for one step more, without the cleanest index (diffusers'
                                                     # multistep solvers); "trailing" ends above 0 anyway
-    ends_at_first: bool = False                     # ddim stops at index 0, not at the data (Stable Diffusion)
+    ends_at_first: bool = False                     # ddim and pndm stop at index 0, not at the data
 
     def alpha_bar(self) -> Tensor:
         """alpha(t)^2 of every index: [T] float64, falling."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nexus.errors import UsageError
+from nexus.process.adams import lms, pndm
 from nexus.process.predictions import Estimate, x0_part
 from nexus.process.schedules import Grid, intervals
 from nexus.process.solvers import (
@@ -96,6 +97,8 @@ SAMPLERS: dict[str, Callable] = {
     "dpmpp-2m-sde": dpmpp_2m_sde,
     "dpmpp-3m-sde": dpmpp_3m_sde,
     "unipc": unipc,
+    "lms": lms,
+    "pndm": pndm,
 }
 TAKES_ETA = frozenset({"ddim", "euler-a", "dpmpp-2m-sde", "dpmpp-3m-sde"})
 TAKES_NOISE = TAKES_ETA | {"ddpm"}

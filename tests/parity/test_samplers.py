@@ -59,9 +59,10 @@ def theirs(scheduler, model, x, *, path=PATH, ve=False, variance=None, **step):
     return x
 
 
-def check(name, scheduler, steps, *, path=PATH, ve=False, model=None, ours=None, tolerance=1e-5, run=None, **step):
+def check(name, scheduler, steps, *, path=PATH, ve=False, model=None, ours=None, tolerance=1e-5, run=None, to_data=True,
+          **step):
     scheduler.set_timesteps(steps)
-    g = grid(path, path.times(steps))
+    g = grid(path, path.times(steps), to_data=to_data)
     model = model or mixture(path, POINTS, 0.3)
     x = start()
     want = theirs(scheduler, model, x / g.alpha[0].item() if ve else x, path=path, ve=ve, **step)
@@ -138,6 +139,21 @@ def test_dpm_solver(name, order, algorithm, steps):
 @pytest.mark.parametrize("steps", [2, 5, 20])
 def test_unipc(steps):
     check("unipc", diffusers.UniPCMultistepScheduler(**CHAIN), steps, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5, 20])
+def test_lms(steps):
+    check("lms", diffusers.LMSDiscreteScheduler(**CHAIN), steps, ve=True)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 20])
+def test_pndm(steps):
+    """As Stable Diffusion 1 was published with it: scaled betas, times from 1 on, an end at the first of the chain."""
+    chain = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    path = DiscretePath(**chain, spacing="leading", offset=1, ends_at_first=True)
+    scheduler = diffusers.PNDMScheduler(**chain, timestep_spacing="leading", steps_offset=1, skip_prk_steps=True,
+                                        set_alpha_to_one=False)
+    check("pndm", scheduler, steps, path=path, to_data=False)
 
 
 @pytest.mark.parametrize(("name", "cls"), [("euler", "FlowMatchEulerDiscreteScheduler"),

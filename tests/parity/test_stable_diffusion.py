@@ -10,6 +10,8 @@ import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -85,7 +87,9 @@ def test_sd_pictures(tmp_path, kind):
     (DPMSolverMultistepScheduler, {}),
     (DPMSolverMultistepScheduler, {"timestep_spacing": "leading", "steps_offset": 1}),
     (UniPCMultistepScheduler, {}),
-], ids=["euler", "dpmpp-2m-trailing", "dpmpp-2m", "dpmpp-2m-leading", "unipc"])
+    (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),    # SD 1.5's own
+    (LMSDiscreteScheduler, {"timestep_spacing": "leading", "steps_offset": 1}),
+], ids=["euler", "dpmpp-2m-trailing", "dpmpp-2m", "dpmpp-2m-leading", "unipc", "pndm", "lms"])
 def test_other_schedulers(tmp_path, kind, more):
     """diffusers' multistep solvers leave the cleanest of N + 1 times out, for "linspace" (their own) and "leading"."""
     pipe = pipelines.sd()

@@ -29,6 +29,9 @@ def start(n, dims=3, seed=0):
     return torch.randn(n, dims, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+EXTRAPOLATE = ("lms", "pndm")       # the last step goes along past slopes too, and does not end at the last x0
+
+
 def noises(seed):
     rng = torch.Generator().manual_seed(seed)
     return lambda x: torch.randn(x.shape, generator=rng, dtype=x.dtype)
@@ -45,10 +48,11 @@ def test_every_sampler_reaches_finite_data_on_every_path(name, path):
     x = g.sigma[0] * start(8)
     x0 = sample(name, mixture(path, POINTS), x, g, noise=ItemNoise(list(range(8))))
     assert x0.isfinite().all()
-    assert torch.cdist(x0, POINTS).min(1).values.max() < 1e-5
+    near = 5e-3 if name in EXTRAPOLATE else 1e-5
+    assert torch.cdist(x0, POINTS).min(1).values.max() < near
     if name not in TAKES_NOISE:                             # one ODE: all solvers reach the same points
         want = sample("ddim", mixture(path, POINTS), x, grid(path, path.times(400)))
-        torch.testing.assert_close(x0, want, rtol=0, atol=1e-5)
+        torch.testing.assert_close(x0, want, rtol=0, atol=near)
 
 
 @each_sampler
@@ -82,6 +86,25 @@ def flow_error(name, path, steps, **options):
     x = start(6, 1) * (g.sigma[0] ** 2 + g.alpha[0] ** 2 / 2) ** 0.5
     want = mixture_flow(x, LINE, 0.3, (g.alpha[0], g.sigma[0]), (g.alpha[-1], g.sigma[-1]))
     return ((sample(name, mixture(path, LINE, 0.3), x, g, **options) - want).abs().max() / g.alpha[-1]).item()
+
+
+def test_lms_is_of_an_order_between_its_first_step_and_its_last():
+    """The first is Euler's, whose error of h^2 stays; the others are of fourth order."""
+    errors = [flow_error("lms", RectifiedPath(), n) for n in (32, 64, 128)]
+    assert 2 < math.log2(errors[1] / errors[2]) < math.log2(errors[0] / errors[1]) < 4
+    assert errors[0] < flow_error("dpmpp-2m", RectifiedPath(), 32)
+
+
+def test_pndm_has_order_three_at_least_on_equal_steps():
+    """Its weights hold for equal steps in sigma/alpha; the step of Heun at the beginning leaves an error of h^3."""
+    errors = []
+    for steps in (32, 64, 128):
+        sigma = torch.linspace(3, 0.2, steps + 1, dtype=torch.float64)
+        g = Grid(sigma, torch.ones_like(sigma), sigma, VEPath())
+        x = start(6, 1) * 3
+        want = mixture_flow(x, LINE, 0.3, (1.0, 3.0), (1.0, 0.2))
+        errors.append((sample("pndm", mixture(VEPath(), LINE, 0.3), x, g) - want).abs().max().item())
+    assert 2.65 < math.log2(errors[1] / errors[2]) < 4.35, errors
 
 
 def test_dpmpp_3m_without_noise_beats_2m():
@@ -235,8 +258,8 @@ def test_inpainting_keeps_the_known_pixels(name, path):
     mask = torch.tensor([True, False, True])
     denoise = masked(mixture(path, POINTS, 0.1), mask, known)
     x0 = sample(name, denoise, g.sigma[0] * start(3), g, noise=ItemNoise([0, 1, 2]))
-    if name in ("midpoint", "rk4"):
-        torch.testing.assert_close(x0[:, 1], known[1].expand(3), rtol=0, atol=1e-9)
+    if name in ("midpoint", "rk4", *EXTRAPOLATE):
+        torch.testing.assert_close(x0[:, 1], known[1].expand(3), rtol=0, atol=1e-6 if name == "pndm" else 1e-9)
     else:
         assert torch.equal(x0[:, 1], known[1].expand(3))
     assert torch.equal(paste(x0, mask, known)[:, 1], known[1].expand(3))

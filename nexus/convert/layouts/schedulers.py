@@ -9,10 +9,10 @@ from nexus.errors import ModelError
 FILE = "scheduler/scheduler_config.json"
 BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-SAMPLERS = {"DDIMScheduler": "ddim", "PNDMScheduler": "ddim", "DDPMScheduler": "ddpm",
+SAMPLERS = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm", "DDPMScheduler": "ddpm",
             "EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler-a",
             "HeunDiscreteScheduler": "heun", "DPMSolverMultistepScheduler": "dpmpp-2m",
-            "UniPCMultistepScheduler": "unipc"}
+            "UniPCMultistepScheduler": "unipc", "LMSDiscreteScheduler": "lms"}
 LEADING = ("DDIMScheduler", "PNDMScheduler", "DDPMScheduler")       # what they do unless config.json says otherwise
 MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # of N + 1 times the cleanest is left out
 # What a multistep solver has in one value only here (absent counts as it).
@@ -58,7 +58,9 @@ def _read_discrete(said: dict) -> tuple[dict, tuple[str, ...]]:
                 "sampler": "dpmpp-2m-sde" if noisy else SAMPLERS.get(kind, "ddim"),
                 "schedule": "karras" if said.get("use_karras_sigmas") else "native",
                 "clip": said.get("clip_sample", True) if kind in ("DDIMScheduler", "DDPMScheduler") else False}
-    notes = [f"{kind} is sampled with ddim"] if kind not in SAMPLERS or kind == "PNDMScheduler" else []
+    notes = [f"{kind} is sampled with ddim"] if kind not in SAMPLERS else []
+    if kind == "PNDMScheduler" and not said.get("skip_prk_steps", False):
+        notes.append("PNDMScheduler's Runge-Kutta steps at the beginning are left out")
     if kind in MULTISTEP:
         usual = USUAL | {"solver_type": SOLVERS[kind]}
         notes += [f"the scheduler's {name} {said[name]} is not carried" for name in usual

@@ -1,0 +1,44 @@
+"""Measure the models of few steps at several numbers of steps, beside their teachers at 30.
+
+    python scripts/steps.py [--count 300] [--teacher consistency=runs/edm]
+
+Writes scripts/measured/steps.json, which scripts/results.py puts into their pages: {model: {steps: {"kid", "caption
+top-5"}, "teacher": ...}}, on the held-out pairs of the four styles, all numbers of the same prompts and seeds.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from nexus import api
+
+OUT = Path(__file__).resolve().parent / "measured" / "steps.json"
+TEACHERS = {"rectified-flow": "flow", "lcm": "conditional", "consistency": "runs/edm"}
+STEPS = (1, 2, 4, 8, 16, 32)
+TEACHER_STEPS = 30
+SHOWN = ("kid", "caption top-5")
+
+
+def measured(model: str, steps: int, count: int) -> dict:
+    """The two numbers of a model, with their intervals."""
+    numbers = api.evaluate(model, data="emoji", steps=steps, count=count)["numbers"]
+    print(model, steps, *(f"{key} {numbers[key]['value']:.4g}" for key in SHOWN), flush=True)
+    return {key: numbers[key] for key in SHOWN}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--teacher", action="append", default=[], metavar="MODEL=PATH")
+    options = parser.parse_args()
+    teachers = TEACHERS | dict(text.split("=", 1) for text in options.teacher)
+    found = {"count": options.count}
+    for model, teacher in teachers.items():
+        found[model] = {"teacher": measured(teacher, TEACHER_STEPS, options.count)}
+        for steps in STEPS:
+            found[model][str(steps)] = measured(model, steps, options.count)
+        OUT.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
