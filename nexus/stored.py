@@ -122,7 +122,7 @@ def header(path: Path) -> tuple[dict[str, str], dict[str, Held]]:
     try:
         with open(path, "rb") as file:
             found = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        stored = {str(k): str(v) for k, v in (found.pop("__metadata__", None) or {}).items()}
+        stored = {str(k): str(v) for k, v in found.pop("__metadata__", {}).items()}
         held = {name: Held(str(row["dtype"]), tuple(int(n) for n in row["shape"])) for name, row in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise ModelError(f"{path} is damaged", hint="nexus models verify, or fetch it again") from None

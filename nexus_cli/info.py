@@ -88,24 +88,18 @@ def _small(path: Path) -> bytes:
 
 def _safetensors(path: Path) -> dict:
     """Metadata and counts from the header alone, with limits before anything is parsed."""
+    from nexus import stored
     try:
         size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(HEADER_LIMIT, size - 8):
-                raise ValueError
-            header = json.loads(file.read(length))
-        tensors = {name: row for name, row in header.items() if name != "__metadata__"}
-        kinds = sorted({str(row["dtype"]) for row in tensors.values()})
-        stored = dict(header.get("__metadata__", {}).items())
-        described = dict(json.loads(stored["nexus"]).items()) if "nexus" in stored else {"metadata": stored}
+        metadata, held = stored.header(path)
+        described = dict(json.loads(metadata["nexus"]).items()) if "nexus" in metadata else {"metadata": metadata}
     except FileNotFoundError:
         raise InputError(f"there is no file '{path}'", hint="check the path") from None
     except OSError as error:
         raise InputError(f"cannot read '{path}': {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, AttributeError, RecursionError):
         raise ModelError(f"{path} is damaged or not a safetensors file") from None
-    return {"bytes": size, "tensors": len(tensors), "dtypes": kinds, **described}
+    return {"bytes": size, "tensors": len(held), "dtypes": sorted({t.dtype for t in held.values()}), **described}
 
 
 def _printable(value) -> str:

@@ -11,6 +11,7 @@ from nexus.data.images import ImageSet
 from nexus.rng import generator
 
 CHUNK = 64      # pictures encoded at once; fixed, so that the same set always gives the same latents
+TOGETHER = 8    # sounds, likewise
 
 
 class LatentSet:
@@ -47,20 +48,27 @@ class LatentSet:
 class CodeSet:
     """Batches like those of its AudioSet, with "codes" [B, K, F] int64 beside "audio" (the same places of the sounds).
 
-    encode: sounds [1, C, T] in [-1, 1] -> ids [1, K, F] < 2^15. Every sound is encoded whole, once; a batch takes the
-    frames of one crop's length at places drawn from rng, and the samples there, to within a frame.
+    encode: sounds [B, C, T] in [-1, 1] -> ids [B, K, F] < 2^15. Every sound is encoded whole, once, neighbours of one
+    length together; a batch takes the frames of one crop's length at places drawn from rng, and the samples there, to
+    within a frame.
     """
 
     def __init__(self, sounds: AudioSet, encode: Callable[[Tensor], Tensor], *,
                  watch: Callable[[int, int], None] = lambda done, total: None):
         self.sounds, self.facts = sounds, sounds.facts
-        self._codes = []
+        self._codes, waiting = [], []
         self.frames = encode(torch.zeros(1, sounds.facts.channels, sounds.length)).shape[-1]
-        for i in range(len(sounds)):
-            whole = sounds.get(i)
-            long_enough = torch.from_numpy(crop(whole, max(sounds.length, whole.shape[-1]), 0.0))
-            self._codes.append(encode(long_enough[None])[0].to("cpu", torch.int16).numpy())
-            watch(i + 1, len(sounds))
+        for i in range(len(sounds) + 1):
+            whole = self._long_enough(i) if i < len(sounds) else None
+            if waiting and (whole is None or len(waiting) == TOGETHER or whole.shape != waiting[0].shape):
+                self._codes.extend(encode(torch.stack(waiting)).to("cpu", torch.int16).numpy())
+                waiting = []
+                watch(i, len(sounds))
+            waiting.append(whole)
+
+    def _long_enough(self, i: int) -> Tensor:
+        whole = self.sounds.get(i)
+        return torch.from_numpy(crop(whole, max(self.sounds.length, whole.shape[-1]), 0.0))
 
     def __len__(self) -> int:
         return len(self.sounds)
