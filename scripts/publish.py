@@ -100,14 +100,15 @@ def card(name: str, described: dict, facts: dict, numbers: int) -> str:
         " It went on from shorter runs of this network, which are not kept, so the command below gives the like of it."
         if facts["init"] else "")
     init = f" --init {facts['init']}" if named else ""
-    data = described["data"]
+    data = described["data"] if described["data"] in DATA else Path(described["data"]).name
     same = f"{first}`nexus train {system} --config nexus/zoo/{name}/config.json --data {data}{init} --run runs/{name}`"
     if described["config"].get("decoder_only"):
-        start = (" These are of the decoder alone, on latents with noise; the encoder is of the run before, which is "
-                 "not kept: the commands below give the like of it.")
-        same = (f"`nexus train {system} --data {data} --preset {name} --run runs/{name}`, then\n"
-                 f"  `nexus train {system} --data {data} --preset {name}-decoder --init runs/{name} "
-                 f"--run runs/{name}-decoder`")
+        preset = {"encodec": "music"}.get(system, name)
+        start = (" These are of the decoder alone; the encoder is of the run before, which is not kept: the commands "
+                 "below give the like of it.")
+        same = (f"`nexus train {system} --data {data} --preset {preset} --run runs/{name}`, then\n"
+                f"  `nexus train {system} --data {data} --preset {preset}-decoder --init runs/{name} "
+                f"--run runs/{name}-decoder`")
     items, card_of = ("clips", "") if data == "music" else ("pictures", " See\n  `nexus/data/shards/README.md`.")
     use = {"musicgen": "nexus music -p TEXT -o piece.wav", "encodec": f"nexus eval {name} --data FOLDER"}.get(
         system, f"nexus sample {system} -m {name} -o out/")
@@ -115,7 +116,7 @@ def card(name: str, described: dict, facts: dict, numbers: int) -> str:
 
 A checkpoint of `{system}`, trained for Nexus; {numbers:,} weights in bfloat16 (the moving average of the run).
 
-- **Data**: {DATA[described["data"]]} (sha256 of the set: `{facts["data_digest"][:16]}`).{card_of}
+- **Data**: {DATA[data]} (sha256 of the set: `{facts["data_digest"][:16]}`).{card_of}
 - **Licence**: the weights are Apache-2.0, like the code; the licences of the data are named above.
 - **Training**: {facts["trained_steps"]:,} steps of {train["batch_size"]} {items} ({seen:,} {items}),
   seed {train["seed"]}.{start}{facts.get("on", "") and " " + facts["on"]}

@@ -207,10 +207,15 @@ class EncodecNet(nn.Module):
         whole = made[0] if segment is None else overlapped(made, segment[1])
         return whole[..., :length]
 
-    def forward(self, x: Tensor, count: int | None = None, rng: torch.Generator | None = None) -> Rebuilt:
-        """x [B, C, T] -> the sound rebuilt from the first `count` codebooks; with an rng they learn from it."""
+    def forward(self, x: Tensor, count: int | None = None, rng: torch.Generator | None = None, *,
+                decoder_only: bool = False) -> Rebuilt:
+        """x [B, C, T] -> the sound rebuilt from the first `count` codebooks; with an rng they learn from it.
+
+        decoder_only: nothing before the decoder learns, by gradient or otherwise.
+        """
         heard, scale = self._leveled(self._heard(x))
-        found = self.quantizer(self.latents(heard), count, rng)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not decoder_only):
+            found = self.quantizer(self.latents(heard), count, None if decoder_only else rng)
         made = self.decode_latents(found.z) * (1 if scale is None else scale)
         return Rebuilt(self._made(made)[..., :x.shape[-1]], found.commitment, found.ids)
 

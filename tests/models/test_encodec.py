@@ -96,6 +96,28 @@ def test_it_learns_to_rebuild_tones():
     assert sum(seen[-10:]) / 10 > sum(seen[:10]) / 10 + 8 and out["used"] > 0.6
 
 
+def test_a_decoder_learns_alone_and_every_id_stays():
+    """Others have learnt to write these ids; a decoder of a codec that knows some tones gets better at them."""
+    torch.manual_seed(0)
+    system = built(critic=None, decoder_only=True)
+    x = tones(16, rng(1))
+    system.net.quantizer(system.net.latents(x), None, rng(2))       # k-means begins the codebooks
+    begun = {n: t.clone() for n, t in system.net.state_dict().items()}
+    ids, first = system.net.codes(x), float(system.loss({"audio": x}, rng(), 0)["mel"])
+    phase, = system.phases()
+    optimizer = torch.optim.Adam(phase.module.parameters(), 3e-3)
+    for step in range(60):
+        optimizer.zero_grad()
+        loss = system.loss({"audio": tones(16, rng(step))}, rng(step), step)
+        loss["loss"].backward()
+        optimizer.step()
+    assert torch.equal(system.net.codes(x), ids)
+    for name, value in system.net.state_dict().items():
+        assert name.startswith("decoder.") or torch.equal(value, begun[name]), name
+    assert not torch.equal(begun["decoder.last.conv.weight"], system.net.decoder.last.conv.weight)
+    assert float(system.loss({"audio": x}, rng(), 0)["mel"]) < 0.8 * first
+
+
 def test_the_codec_deceives_and_the_critics_judge_by_turns():
     system = built()
     batch = batch_at(0, 4, rng())
@@ -137,8 +159,8 @@ def test_the_gradient_at_the_sound_is_the_balance_of_the_losses():
     class Watched(torch.nn.Module):
         quantizer = net.quantizer
 
-        def forward(self, *given):
-            found = net(*given)
+        def forward(self, *given, **more):
+            found = net(*given, **more)
             found.audio.register_hook(seen.append)
             return found
     del system.net

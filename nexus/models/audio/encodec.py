@@ -34,7 +34,8 @@ class EncodecSystemConfig(Config):
     wave, mel, adversarial, features: shares that |x - x'|, the mel distance, deceiving the critics and looking to them
     like the original have of the gradient at the sound (see Balancer). commitment: weight of the encoder's distance
     from the codebooks, which is outside the balance. exponents: the mel distance's windows are 2^i samples. critic:
-    None = none. seconds: of the sounds it is trained on, and of what it makes unless it is told.
+    None = none. seconds: of the sounds it is trained on, and of what it makes unless it is told. decoder_only: encoder
+    and codebooks stay as they are, and with them all ids that others have learnt to write.
     """
 
     medium: ClassVar[str] = "audio"
@@ -43,6 +44,9 @@ class EncodecSystemConfig(Config):
                  "critic": {"windows": (64, 32), "width": 2, "dilations": (1,)}},
         "music": {"net": EncodecConfig.presets["music"], "wave": 1.0, "mel": 2.0, "adversarial": 1.0, "features": 1.0,
                   "critic": _SMALL_CRITIC | {"start": 2000, "lead": 100}},
+        "music-decoder": {"net": EncodecConfig.presets["music"], "wave": 0.5, "mel": 2.0, "adversarial": 1.0,
+                          "features": 1.0, "critic": _SMALL_CRITIC | {"start": 200, "lead": 150},
+                          "decoder_only": True},
         "speech": {"net": EncodecConfig.presets["speech"], "wave": 0.5, "mel": 2.0, "adversarial": 1.0,
                    "features": 1.0, "critic": _SMALL_CRITIC | {"start": 2000, "lead": 100}},
         "24khz": _PAPER | {"net": EncodecConfig.presets["24khz"]},
@@ -58,7 +62,8 @@ class EncodecSystemConfig(Config):
         "24khz": {"steps": 600_000, "batch_size": 64, "optimizer": "adam", "lr": 3e-4, "betas": (0.5, 0.9),
                   "ema": 0.99, "clip": 0.0, "save_every": 2000},
     }
-    recipes |= {"speech": recipes["music"], "48khz": recipes["24khz"],
+    recipes |= {"music-decoder": recipes["music"] | {"steps": 4000, "lr": 4e-4}, "speech": recipes["music"],
+                "48khz": recipes["24khz"],
                 "32khz": recipes["24khz"] | {"steps": 400_000, "batch_size": 192, "schedule": "cosine"}}
     net: EncodecConfig = EncodecConfig()
     critic: StftCriticConfig | None = StftCriticConfig()
@@ -70,6 +75,7 @@ class EncodecSystemConfig(Config):
     exponents: tuple[int, ...] = Field((5, 6, 7, 8, 9, 10, 11), min_length=1)
     decay: float = Field(0.999, ge=0, lt=1)
     seconds: float = Field(1.0, gt=0)
+    decoder_only: bool = False
 
     @model_validator(mode="after")
     def _long_enough(self) -> Self:
@@ -116,7 +122,7 @@ class Encodec(nn.Module):
 
     def phases(self) -> tuple[Phase, ...]:
         """Encoder, codebooks and decoder together, then the critics."""
-        codec = (Phase("codec", self.net, self.loss),)
+        codec = (Phase("codec", self.net.decoder if self.config.decoder_only else self.net, self.loss),)
         return codec if self.critic is None else (*codec, Phase("critic", self.critic, self.critic_loss))
 
     def loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
@@ -125,13 +131,14 @@ class Encodec(nn.Module):
         The codebooks learn here.
         """
         c, x = self.config, batch["audio"]
-        made, commitment, _ = self.net(x, self._count(rng, x), rng)
+        made, commitment, _ = self.net(x, self._count(rng, x), rng, decoder_only=c.decoder_only)
         losses = {"wave": (made - x).abs().mean(), "mel": mel_distance(made, x, c.net.rate, c.exponents)}
         if self.critic is not None and step >= c.critic.start:
             losses |= self._deceive(made, x)
         pull = self.balancer({k: v for k, v in losses.items() if k in self.balancer.weights}, made)
         logged = losses | {"commitment": commitment, "si_sdr": si_sdr(made, x).mean(), "used": self._used()}
-        return {"loss": pull + c.commitment * commitment} | {k: v.detach() for k, v in logged.items()}
+        paid = 0.0 if c.decoder_only else c.commitment * commitment
+        return {"loss": pull + paid} | {k: v.detach() for k, v in logged.items()}
 
     def critic_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """How badly sound is told from rebuilt sound; a constant while the critics do not learn yet."""
