@@ -30,6 +30,7 @@ SHOWN = (
     ("ddpm", "ddpm", (None,) * 4),
     ("vae", "beta-vae", (None,) * 4),
 )
+CELL = 128          # pixels
 MUSIC = ("slow sad piano in a minor", "fast happy flute in c major")
 
 
@@ -50,8 +51,14 @@ def main(folder: Path) -> None:
         pictures.append(made)
         captions.append(said)
     sheet = folder / "contact-sheet.png"
-    write_image(sheet, contact_sheet(pictures, 4, captions))
+    write_image(sheet, contact_sheet([enlarged(picture) for picture in pictures], 8, captions))
     print(sheet)
+
+
+def enlarged(picture: np.ndarray) -> np.ndarray:
+    """A small picture at a whole multiple of its size, so that its caption fits under it."""
+    times = max(1, CELL // picture.shape[0])
+    return picture.repeat(times, 0).repeat(times, 1)
 
 
 def _translated(source: Path) -> Iterator[tuple[np.ndarray, str]]:

@@ -19,6 +19,7 @@ DOCS, MEASURED, PICTURES = ROOT / "docs", ROOT / "scripts" / "measured", ROOT / 
 MARKS = re.compile(r"<!-- zoo results: ([\w-]+) -->.*?<!-- end -->", re.DOTALL)
 PROMPTS = ("red apple", "grinning face", "dog face, 3d style", "guitar, flat style", "frog, twemoji style",
            "sunflower, flat style", "rocket, 3d style", "bicycle, twemoji style")
+CELL = 128          # pixels that a small picture is enlarged to about
 BETWEEN = re.compile(r"real kid, (?!two halves|noto from flat)")    # every pair of styles: the card has them all
 
 
@@ -68,7 +69,8 @@ def picture(name: str) -> Path | None:
     made = [next(api.sample(system, SampleRequest(prompt=p), seeds=[s], model=name)).image
             for s, p in enumerate(prompts)]
     file = PICTURES / f"{name}.webp"
-    write_image(file, contact_sheet(made, 8, prompts if told else None), exists="overwrite")
+    shown = [x.repeat(max(1, CELL // x.shape[0]), 0).repeat(max(1, CELL // x.shape[1]), 1) for x in made]
+    write_image(file, contact_sheet(shown, 8, prompts if told else None), exists="overwrite")
     return file
 
 
