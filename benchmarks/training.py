@@ -1,7 +1,7 @@
 """The README's trainings for 200 steps each: `python benchmarks/training.py [SYSTEM]...` prints a table.
 
-Nothing else may run meanwhile. Left out are those on a user's own pictures or sounds and those of several processes; items/s is
-the command's own last figure, so it counts neither the start nor the preparation of the data.
+Nothing else may run meanwhile. Left out are those on a user's own pictures or sounds and those of several processes;
+items/s is the command's own last figure, so it counts neither the start nor the preparation of the data.
 """
 
 import re
@@ -14,13 +14,14 @@ from pathlib import Path
 
 STEPS = 200
 README = Path(__file__).resolve().parent.parent / "README.md"
+OWN = re.compile("my-|music/")
 SPEED = re.compile(r"items_per_second ([0-9.]+)")
 
 
 def commands() -> list[list[str]]:
     """The arguments of every `nexus train` of the README that needs neither other data nor other processes."""
     lines = (shlex.split(line, comments=True) for line in README.read_text().splitlines()
-             if line.startswith("nexus train") and "--run" in line and not re.search("my-|music/", line))
+             if line.startswith("nexus train") and "--run" in line and not OWN.search(line))
     return [words[1:] for words in lines]
 
 
