@@ -156,6 +156,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+    # torch raises another for each: a driver that is missing, a build without CUDA, a kind without a backend
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DeviceError(f"device '{name}' is not available: {str(error).splitlines()[0]}",
                           hint="--device auto, or see nexus doctor") from None

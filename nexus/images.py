@@ -42,6 +42,7 @@ def read_image(path: str | os.PathLike | bytes, *, mode: str = "RGB") -> np.ndar
             raise InputError(f"{name}: the picture is damaged ({_short(error)})", hint="save it anew") from None
 
 
+# Whatever Pillow's parsers raise on damaged bytes: they index, divide and unpack what a file says, checked or not.
 _BROKEN = (OSError, ValueError, SyntaxError, IndexError, KeyError, TypeError, OverflowError, EOFError, MemoryError,
            ZeroDivisionError, NotImplementedError, AttributeError, RuntimeError, ArithmeticError,
            Image.DecompressionBombError)
@@ -189,6 +190,12 @@ def _stored(image: Image.Image) -> str:
     comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
     raw = comment.encode("latin-1", "replace") if isinstance(comment, str) else bytes(comment)
     return raw[len(_UNICODE):].decode("utf-16-be", "surrogatepass") if raw.startswith(_UNICODE) else ""
+
+
+def enlarged(image: np.ndarray, side: int) -> np.ndarray:
+    """uint8 [H, W, C] at the largest whole multiple of its size that is at most `side` high, without smoothing."""
+    times = max(1, side // image.shape[0])
+    return image.repeat(times, 0).repeat(times, 1)
 
 
 def contact_sheet(images: Sequence[np.ndarray], cols: int, captions: Sequence[str] | None = None) -> np.ndarray:

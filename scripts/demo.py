@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nexus import api, checkpoint
-from nexus.images import contact_sheet, write_image
+from nexus.images import contact_sheet, enlarged, write_image
 from nexus.requests import SampleRequest
 from nexus.sounds import write_sound
 from nexus.spectrograms import spectrogram
@@ -30,7 +30,7 @@ SHOWN = (
     ("ddpm", "ddpm", (None,) * 4),
     ("vae", "beta-vae", (None,) * 4),
 )
-CELL = 128          # pixels
+CELL = 128          # pixels: a caption has to fit under a picture
 MUSIC = ("slow sad piano in a minor", "fast happy flute in c major")
 
 
@@ -51,14 +51,8 @@ def main(folder: Path) -> None:
         pictures.append(made)
         captions.append(said)
     sheet = folder / "contact-sheet.png"
-    write_image(sheet, contact_sheet([enlarged(picture) for picture in pictures], 8, captions))
+    write_image(sheet, contact_sheet([enlarged(picture, CELL) for picture in pictures], 8, captions))
     print(sheet)
-
-
-def enlarged(picture: np.ndarray) -> np.ndarray:
-    """A small picture at a whole multiple of its size, so that its caption fits under it."""
-    times = max(1, CELL // picture.shape[0])
-    return picture.repeat(times, 0).repeat(times, 1)
 
 
 def _translated(source: Path) -> Iterator[tuple[np.ndarray, str]]:

@@ -65,16 +65,15 @@ def _kept(run: Path) -> dict:
 
 _MUSIC = ("music that `scripts/render_music.py` composes and renders (the compositions are its own, the sounds those "
           "of FluidR3Mono, MIT); its training split")
+_FOUR = ("noto (Apache-2.0), twemoji (CC-BY-4.0, Copyright Twitter, Inc and other contributors), Fluent emoji flat and "
+         "3d (MIT, Copyright Microsoft)")
 DATA = {
     "emoji:all": "all eight styles of the embedded emoji set: noto, noto classic and FxEmojis (Apache-2.0), twemoji "
                  "(CC-BY-4.0, Copyright Twitter, Inc and other contributors), EmojiOne (CC-BY-4.0, Ranks.com Inc.), "
                  "Fluent emoji flat, 3d and high contrast (MIT, Copyright Microsoft); its training split",
     "music": _MUSIC,
-    "emoji": "the embedded emoji set: noto (Apache-2.0), twemoji (CC-BY-4.0, Copyright Twitter, Inc and other "
-             "contributors), Fluent emoji flat and 3d (MIT, Copyright Microsoft); its training split",
-    "emoji-groups": "the embedded emoji set, its groups as classes: noto (Apache-2.0), twemoji (CC-BY-4.0, Copyright "
-                    "Twitter, Inc and other contributors), Fluent emoji flat and 3d (MIT, Copyright Microsoft); its "
-                    "training split",
+    "emoji": f"the embedded emoji set: {_FOUR}; its training split",
+    "emoji-groups": f"the embedded emoji set, its groups as classes: {_FOUR}; its training split",
     "emoji:flat,emoji:outline": "two styles of the embedded emoji set: Fluent emoji flat and high contrast (MIT, "
                                 "Copyright Microsoft); their training splits, unpaired",
     "mnist": "the embedded MNIST subset (CC-BY-SA-3.0, Y. LeCun and C. Cortes); its training split",

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from nexus import api, checkpoint, stored
-from nexus.images import contact_sheet, write_image
+from nexus.images import contact_sheet, enlarged, write_image
 from nexus.requests import SampleRequest
 from nexus.text.conditioner import NoCondConfig
 
@@ -69,8 +69,8 @@ def picture(name: str) -> Path | None:
     made = [next(api.sample(system, SampleRequest(prompt=p), seeds=[s], model=name)).image
             for s, p in enumerate(prompts)]
     file = PICTURES / f"{name}.webp"
-    shown = [x.repeat(max(1, CELL // x.shape[0]), 0).repeat(max(1, CELL // x.shape[1]), 1) for x in made]
-    write_image(file, contact_sheet(shown, 8, prompts if told else None), exists="overwrite")
+    cells = [enlarged(image, CELL) for image in made]
+    write_image(file, contact_sheet(cells, 8, prompts if told else None), exists="overwrite")
     return file
 
 
@@ -82,17 +82,20 @@ def block(name: str) -> str:
     return "\n".join([f"<!-- zoo results: {name} -->", "", *shown, *measured, *few_steps(name), "", "<!-- end -->"])
 
 
+def renewed(found: re.Match, names: list[str]) -> str:
+    """The block that MARKS found, anew if its checkpoint is one of the names and there."""
+    wanted = (not names or found[1] in names) and (stored.ZOO / found[1]).exists()
+    if wanted:
+        print(found[1])
+    return block(found[1]) if wanted else found[0]
+
+
 def main(names: list[str]) -> None:
     """Every page that has the marks of one of the names; all without any."""
     PICTURES.mkdir(exist_ok=True)
     for page in sorted(DOCS.glob("*.md")):
         text = page.read_text(encoding="utf-8")
-        for name in MARKS.findall(text):
-            if (not names or name in names) and (stored.ZOO / name).exists():
-                text = re.sub(rf"<!-- zoo results: {name} -->.*?<!-- end -->", lambda _, n=name: block(n), text,
-                              flags=re.DOTALL)
-                print(f"{page.name}: {name}")
-        page.write_text(text, encoding="utf-8")
+        page.write_text(MARKS.sub(lambda found: renewed(found, names), text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Each chain below is `nexus train` run after run, all chains at once; a run that another one starts from comes first and
 takes its share of the time. Nobody knows beforehand how many steps that will be, so `train.steps`, which the learning
-rate follows, is set anew every two seconds from the rate so far; the configuration that is published says how many it
+rate follows, is set anew at every step from the rate so far; the configuration that is published says how many it
 was. The runs share one file of encoded latents.
 """
 

@@ -1,6 +1,7 @@
 """A whole set of pictures or sounds encoded once, for training on what a codec makes of it."""
 
 from collections.abc import Callable
+from itertools import groupby, islice
 
 import numpy as np
 import torch
@@ -56,15 +57,12 @@ class CodeSet:
     def __init__(self, sounds: AudioSet, encode: Callable[[Tensor], Tensor], *,
                  watch: Callable[[int, int], None] = lambda done, total: None):
         self.sounds, self.facts = sounds, sounds.facts
-        self._codes, waiting = [], []
+        self._codes = []
         self.frames = encode(torch.zeros(1, sounds.facts.channels, sounds.length)).shape[-1]
-        for i in range(len(sounds) + 1):
-            whole = self._long_enough(i) if i < len(sounds) else None
-            if waiting and (whole is None or len(waiting) == TOGETHER or whole.shape != waiting[0].shape):
-                self._codes.extend(encode(torch.stack(waiting)).to("cpu", torch.int16).numpy())
-                waiting = []
-                watch(i, len(sounds))
-            waiting.append(whole)
+        for _, alike in groupby(map(self._long_enough, range(len(sounds))), lambda whole: whole.shape):
+            while part := list(islice(alike, TOGETHER)):
+                self._codes.extend(encode(torch.stack(part)).to("cpu", torch.int16).numpy())
+                watch(len(self._codes), len(sounds))
 
     def _long_enough(self, i: int) -> Tensor:
         whole = self.sounds.get(i)

@@ -69,7 +69,6 @@ def _weights(places: list[float], end: float) -> list[float]:
     nodes, found = np.array(places) / scale, []
     for i, node in enumerate(nodes):
         others = np.delete(nodes, i)
-        primitive = np.polynomial.Polynomial(np.poly(others)[::-1]).integ() if len(others) else \
-            np.polynomial.Polynomial([0.0, 1.0])
+        primitive = np.polynomial.Polynomial(np.polynomial.polynomial.polyfromroots(others)).integ()
         found.append(float((primitive(end / scale) - primitive(1.0)) / np.prod(node - others) * scale))
     return found

@@ -283,7 +283,7 @@ class Diffusion(nn.Module):
         drawn = noise.draw(shape) if request.initial_noise is None else read_noise(request.initial_noise, shape, seeds)
         drawn = drawn.to(device)
         steps, schedule = request.steps or c.steps, request.schedule or c.schedule
-        short = getattr(c.path, "ends_at_first", False) and (request.sampler or c.sampler) in ("ddim", "pndm")
+        short = getattr(c.path, "ends_at_first", False) and (request.sampler or c.sampler) in samplers.ENDS_AT_FIRST
         points = grid(c.path, c.path.times(steps, schedule=schedule, shape=shape), to_data=not short)
         concat, known = (None, read_known(request, shape, c, device)) if c.concat is None else \
             c.concat.given(request, shape, self, noise, len(seeds), device)

@@ -100,6 +100,7 @@ SAMPLERS: dict[str, Callable] = {
     "lms": lms,
     "pndm": pndm,
 }
+ENDS_AT_FIRST = frozenset({"ddim", "pndm"})     # where a path says so (DiscretePath.ends_at_first)
 TAKES_ETA = frozenset({"ddim", "euler-a", "dpmpp-2m-sde", "dpmpp-3m-sde"})
 TAKES_NOISE = TAKES_ETA | {"ddpm"}
 

@@ -34,6 +34,9 @@ class NoCondConfig(Config):
 class LabelCondConfig(Config):
     """Class and style names, in the order of the network's tables; filled from the data set when training starts."""
 
+    presets: ClassVar[dict[str, dict]] = {
+        "emoji": {"kind": "label", "default_style": "noto", "style_dropout": 0.1},
+    }
     kind: Literal["label"] = "label"
     classes: tuple[str, ...] = ()
     styles: tuple[str, ...] = ()

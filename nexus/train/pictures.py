@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from nexus.images import contact_sheet, write_image
+from nexus.images import contact_sheet, enlarged, write_image
 from nexus.media import Media, to_uint8
 from nexus.requests import SampleRequest
 from nexus.sounds import write_sound
@@ -43,9 +43,8 @@ def write_samples(state: TrainState, run: Path, device: torch.device, pictures: 
         with torch.random.fork_rng(devices), _averaged(state):
             made = [] if hasattr(state.system, "translate") else [_made(state.system, *p) for p in _groups(prompts)]
             images = [image for media in made for image in shown(media)] or _translated(state, pictures, device)
-        times = max(1, SHOWN // images[0].shape[0])
-        images = [image.repeat(times, 0).repeat(times, 1) for image in images]
-        joined = contact_sheet(images, math.ceil(math.sqrt(len(images))), prompts if prompts[0] else None)
+        cells = [enlarged(image, SHOWN) for image in images]
+        joined = contact_sheet(cells, math.ceil(math.sqrt(len(cells))), prompts if prompts[0] else None)
         record = {"step": state.step, "seeds": list(range(len(images))), "prompts": prompts}
         if made and made[0].kind == "audio":
             _write_sound(made, sheet(run, state.step).with_suffix(".flac"), record)

@@ -24,7 +24,7 @@ from transformers import CLIPTextModelWithProjection
 
 from nexus import checkpoint
 from nexus.convert.convert import convert
-from nexus.convert.layouts import clip_text
+from nexus.convert.layouts import clip_text, schedulers
 from nexus.errors import ModelError, UsageError
 from nexus.images import write_image
 from nexus.media import to_uint8
@@ -95,6 +95,17 @@ def test_other_schedulers(tmp_path, kind, more):
     pipe = pipelines.sd()
     pipe.scheduler = kind(**pipelines.CHAIN, **more)
     assert same_pictures(tmp_path, pipe) <= 1e-4
+
+
+def test_a_model_sampled_by_pndm_says_how_to_diffusers(tmp_path):
+    """A folder written for it, without one of theirs to keep, gives diffusers' PNDM no Runge-Kutta steps to add."""
+    pipe = pipelines.sd()
+    pipe.scheduler = PNDMScheduler(**pipelines.CHAIN, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    written = schedulers.DISCRETE.write(ours(tmp_path, pipe).config)
+    theirs = PNDMScheduler.from_config(written).config
+    names = ("skip_prk_steps", "set_alpha_to_one", "steps_offset", "timestep_spacing", "prediction_type",
+             *pipelines.CHAIN)
+    assert {name: theirs[name] for name in names} == {name: pipe.scheduler.config[name] for name in names}
 
 
 @pytest.mark.parametrize("negative", [NEGATIVE, None])

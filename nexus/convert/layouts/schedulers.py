@@ -83,6 +83,8 @@ def _write_discrete(config: Config) -> dict:
     if kind == "DDIMScheduler":
         said |= {"clip_sample": config.clip, "set_alpha_to_one": not path.ends_at_first,
                  "rescale_betas_zero_snr": path.zero_terminal_snr}
+    if kind == "PNDMScheduler":
+        said |= {"skip_prk_steps": True, "set_alpha_to_one": not path.ends_at_first}
     return said
 
 

@@ -190,7 +190,7 @@ class ConditionalConfig(DiffusionConfig):
                   "sampler": "dpmpp-2m", "conditioner": TextCondConfig.presets["emoji"]},
         "edm": _EDM | {"net": UNetConfig.presets["emoji-labels"], "codec": SHARED_CODEC, "steps": 18,
                        "path": _EDM["path"] | {"sigma_data": 1.0}, "guidance": 1.5,
-                       "conditioner": {"kind": "label", "default_style": "noto", "style_dropout": 0.1}},
+                       "conditioner": LabelCondConfig.presets["emoji"]},
         "inpaint": {"net": UNetConfig.presets["emoji"] | {"in_channels": 2 * SHARED_LATENTS + 1}, "codec": SHARED_CODEC,
                     "prediction": "v", "steps": 20, "sampler": "dpmpp-2m", "concat": {"kind": "inpaint"},
                     "conditioner": TextCondConfig.presets["emoji"]},

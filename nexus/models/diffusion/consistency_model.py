@@ -26,7 +26,7 @@ _CD = {"scales": "fixed", "s0": 40, "levels": "uniform", "target": "fixed", "wei
 _CT = {"scales": "progressive", "s0": 2, "levels": "uniform", "target": "adaptive", "weighting": "uniform",
        "distance": "l2", "steps": 2}
 _EMOJI = {"net": UNetConfig.presets["emoji-labels"], "codec": SHARED_CODEC, "clip": False, "steps": 2,
-          "conditioner": {"kind": "label", "default_style": "noto", "style_dropout": 0.1}, "path": {"sigma_data": 1.0}}
+          "conditioner": LabelCondConfig.presets["emoji"], "path": {"sigma_data": 1.0}}
 _BEDROOM = {"net": UNetConfig.presets["lsun-256"], "size": 256, "conditioner": {"kind": "none"}}
 
 

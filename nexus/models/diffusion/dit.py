@@ -214,7 +214,7 @@ class DiTConfig(DiffusionConfig):
         "emoji": {"net": DiTNetConfig.presets["emoji"],
                   "codec": SHARED_CODEC, "learned_variance": False, "guidance": 3.0, "guided_channels": None,
                   "steps": 20, "sampler": "dpmpp-2m", "prediction": "v",
-                  "conditioner": {"default_style": "noto", "style_dropout": 0.1}},
+                  "conditioner": LabelCondConfig.presets["emoji"]},
     } | {name: {"net": fields} for name, fields in DiTNetConfig.presets.items() if "/" in name}
     default_preset: ClassVar[str] = "emoji"
     recipes: ClassVar[dict[str, dict]] = {

@@ -26,7 +26,7 @@ class FlowConfig(DiffusionConfig):
         "tiny": {"net": UNetConfig.presets["tiny"], "size": 16, "steps": 4, "pairing": "exact"},
         "emoji": {"net": DiTNetConfig.presets["emoji-small"],
                   "codec": SHARED_CODEC, "steps": 20, "sampler": "euler", "guidance": 3.0,
-                  "conditioner": {"kind": "label", "default_style": "noto", "style_dropout": 0.1}},
+                  "conditioner": LabelCondConfig.presets["emoji"]},
         "imagenet-64": {"net": UNetConfig.presets["imagenet-64"] | {"null_class": True, "dropout": 0.1}, "size": 64,
                         "sampler": "dopri5", "path": {"kind": "affine", "time_sampling": "logit-normal",
                                                       "time_mean": -1.2, "time_std": 1.2}},

@@ -34,7 +34,7 @@ WATCHED = 8             # paths that a training step measures straightness on
 MEASURED = 64           # paths that `nexus eval` measures it on
 
 _EMOJI = {"net": DiTNetConfig.presets["emoji-small"], "codec": SHARED_CODEC, "steps": 20, "sampler": "euler",
-          "guidance": 3.0, "conditioner": {"kind": "label", "default_style": "noto", "style_dropout": 0.1}}
+          "guidance": 3.0, "conditioner": LabelCondConfig.presets["emoji"]}
 # Guidance is in the pairs already; a student that is guided again overshoots.
 _TAUGHT = {"teacher": "flow", "pairs": 8192, "pair_sampler": "midpoint", "pair_steps": 16, "guidance": 1.0}
 
