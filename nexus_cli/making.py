@@ -149,6 +149,7 @@ class _Work:
 
     def _items(self, jobs: list[Job]) -> Iterator:
         from nexus import api
+        from nexus.nn.precision import has_bfloat16
         from nexus.requests import SampleRequest
         request, engine = SampleRequest.parse(jobs[0].settings), self.engine
         model = engine.model or api.default_model(engine.system)
@@ -158,6 +159,8 @@ class _Work:
             self.system = api.load(model, device=engine.device, dtype=engine.dtype, system=engine.system,
                                    student=bool(request.lora), offload=engine.offload, tile=engine.tile)
             self.loaded = time.monotonic()
+            if engine.dtype == "bfloat16" and not has_bfloat16(next(self.system.parameters()).device):
+                self.out.note("this device only emulates bfloat16, which takes many times longer than float32")
         return api.sample(self.system, request, seeds=[job.seed for job in jobs], batch_size=engine.batch_size,
                           model=model, progress=self._watch(len(jobs), request.duration),
                           preview_every=self.ways.preview_every, preview=self._preview if self.ways.preview else None)

@@ -42,8 +42,9 @@ def train(
                                        show_default=False, help="Learning rate.")] = None,
     ema: Annotated[float | None, option("--ema", parser=parse.number(0, 0.9999999), metavar="DECAY", panel=HOW,
                                         show_default=False, help="Moving average of the weights; 0 = none.")] = None,
-    precision: Annotated[str | None, option("--precision", parser=parse.one_of("float32", "bfloat16"), metavar="DTYPE",
-                                            panel=HOW, show_default=False, help="float32 or bfloat16.")] = None,
+    precision: Annotated[str | None, option("--precision", parser=parse.one_of("auto", "float32", "bfloat16"),
+                                            metavar="DTYPE", panel=HOW, show_default=False,
+                                            help="auto, float32 or bfloat16.")] = None,
     on_nan: Annotated[str | None, option("--on-nan", parser=parse.one_of("stop", "skip", "rollback"), metavar="WHAT",
                                          panel=HOW, show_default=False,
                                          help="stop, skip or rollback at a non-finite loss.")] = None,
@@ -83,7 +84,7 @@ def train(
     settings = {"preset": preset, "overrides": overrides or [], "flags": flags}
     file = api.read_config_file(config) if config else None
     if dry_run:
-        return _plan(system, data, run, {**settings, "file": file}, (spec, init), out)
+        return _plan(system, data, run, {**settings, "file": file, "device": device}, (spec, init), out)
     with out.guard():
         watch = _Watch(out)
         try:

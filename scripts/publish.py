@@ -48,6 +48,8 @@ def again(name: str, on: str | None) -> None:
 def written(name: str, described: dict, facts: dict, state: dict[str, torch.Tensor]) -> None:
     """The zoo's folder, replaced as one; SystemExit for one that is too large."""
     target = stored.ZOO / name
+    if facts["train"]["precision"] == "bfloat16":   # the same command must not crawl where there is none
+        facts["train"] = facts["train"] | {"precision": "auto"}
     extra = {"README.md": card(name, described, facts, sum(t.numel() for t in state.values())).encode()}
     checkpoint.save_model(target, described["system"], described["config"], state, facts=facts, exists="overwrite",
                           extra=extra)

@@ -33,6 +33,9 @@ def _scaled(conv: nn.Conv2d | nn.Linear, gain: float) -> nn.Module:
 # Networks of the embedded pictures. Dense convolutions: grouped ones, as R3GAN has them, cost several times as much a
 # step on a processor and on a graphics card alike.
 EMOJI_NET = {"kind": "resnet", "widths": (256, 256, 160, 80, 40), "blocks": 1, "expansion": 1, "group": 1024}
+# The same of the shared codec's latents, 16 x 16.
+LATENT_NET = {"kind": "resnet", "widths": (256, 128, 48), "blocks": 2, "expansion": 1, "group": 1024, "channels": 8}
+LATENT_CRITIC = {key: LATENT_NET[key] for key in ("kind", "widths", "blocks", "expansion", "group")}
 
 
 class Block(nn.Module):

@@ -22,6 +22,7 @@ from nexus.nn.diffaugment import Policy, diff_augment
 from nexus.nn.gan_blocks import frozen
 from nexus.nn.gan_resnet import ResCriticConfig, ResGeneratorConfig
 from nexus.phase import Phase
+from nexus.process.codec import CodecConfig, decoded, encoded
 from nexus.process.latents import codes
 from nexus.requests import ONE_STEP, SampleRequest, refuse
 from nexus.rng import generator
@@ -38,18 +39,22 @@ class AdversarialConfig(Config):
 
     loss: a name of nexus/losses/adversarial.py. critic_steps: turns of the critic for one of the generator (n_critic).
     critic_rate: the critic's learning rate over the generator's. r1, r2, gp, drift: weights of the penalties in
-    nexus/losses/regularisers.py; r1 and r2 are on the pictures as the critic sees them, after `augment`. clip: limit
-    of the critic's weights, 0 = none. auxiliary: weight of the class guess of a critic with label "auxiliary".
+    nexus/losses/regularisers.py; r1 and r2 are on the pictures as the critic sees them, after `augment`, and
+    penalty_every: only in every so many steps, that much stronger (Karras et al. 2020, B). clip: limit of the critic's
+    weights, 0 = none. auxiliary: weight of the class guess of a critic with label "auxiliary".
+    codec: the game is played with its latents in place of pictures, at a fraction of the cost; `net` then makes those.
     """
 
     net: AnyGenerator = DCGeneratorConfig()
     critic: AnyCritic = DCCriticConfig()
     conditioner: LabelCondConfig | NoCondConfig = Field(NoCondConfig(), discriminator="kind")
+    codec: CodecConfig | None = None
     loss: Literal[tuple(LOSSES)] = "non-saturating"
     critic_steps: int = Field(1, ge=1)
     critic_rate: float = Field(1.0, gt=0)
     r1: float = Field(0.0, ge=0)
     r2: float = Field(0.0, ge=0)
+    penalty_every: int = Field(1, ge=1)
     gp: float = Field(0.0, ge=0)
     drift: float = Field(0.0, ge=0)
     clip: float = Field(0.0, ge=0)
@@ -66,17 +71,20 @@ class AdversarialConfig(Config):
             raise ValueError("critic.label: a critic that sees labels needs conditioner.kind label")
         if (self.r1 or self.r2 or self.gp) and getattr(self.critic, "norm", "none") == "batch":
             raise ValueError("critic.norm: penalties on a picture's own gradient need a critic without batch norms")
+        made = (self.net.channels, self.net.size, self.net.size) if self.codec else None
+        if made and made != self.codec.net.latent_shape:
+            raise ValueError(f"codec: its latents are {self.codec.net.latent_shape}, the generator makes {made}")
         return self
 
     @property
     def image_size(self) -> int:
         """Side of the pictures it is trained on, in pixels."""
-        return self.net.size
+        return self.codec.net.size if self.codec else self.net.size
 
     @property
     def image_channels(self) -> int:
         """Colour channels of the pictures."""
-        return self.net.channels
+        return self.codec.net.in_channels if self.codec else self.net.channels
 
     def adapt(self, facts: Any) -> Self:
         """A copy with the class and style names of a data set, and tables for them."""
@@ -91,7 +99,7 @@ class AdversarialConfig(Config):
 
 
 class Adversarial(nn.Module):
-    """A generator `net` and, while it is trained, its critic."""
+    """A generator `net`, perhaps of a codec's latents, and, while it is trained, its critic."""
 
     training_only = ("critic",)
     takes = frozenset({"prompt", "truncation", "interpolate", "initial_noise"})
@@ -99,7 +107,8 @@ class Adversarial(nn.Module):
     def __init__(self, config: AdversarialConfig):
         super().__init__()
         self.config = config
-        self.external: dict[str, str] = {}
+        self.codec = config.codec.build() if config.codec else None
+        self.external = config.codec.external() if config.codec else {}
         self.net: nn.Module = config.net.build()
         self.critic: nn.Module = config.critic.build(config.net)
         self.conditioner = config.conditioner.build()
@@ -111,13 +120,18 @@ class Adversarial(nn.Module):
         return (Phase("critic", self.critic, self.critic_loss, c.critic_steps, after, c.critic_rate),
                 Phase("generator", self.net, self.generator_loss))
 
+    def encode(self, x: Tensor) -> Tensor:
+        """Pictures [B, C, H, W] in [-1, 1] -> what the generator makes."""
+        return encoded(self.codec, x)
+
     def critic_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """How badly real and made pictures are told apart, and the penalties, each logged by its name."""
-        c, real, cond = self.config, batch["image"], self._cond(batch, rng)
+        c, real, cond = self.config, self._real(batch), self._cond(batch, rng)
         with torch.no_grad():
             fake = self.net(self._draw(real, rng), cond)
         real, fake = (diff_augment(x.float(), rng, c.augment) for x in (real, fake))
-        real, fake = real.requires_grad_(c.r1 > 0), fake.requires_grad_(c.r2 > 0)
+        weights = self._penalties(step)
+        real, fake = real.requires_grad_("r1" in weights), fake.requires_grad_("r2" in weights)
         (on_real, seen), (on_fake, guessed) = self.critic(real, cond), self.critic(fake, cond)
         on_real, on_fake = on_real.float(), on_fake.float()
         loss = LOSSES[c.loss].critic(on_real, on_fake)
@@ -127,10 +141,9 @@ class Adversarial(nn.Module):
         penalties = {"r1": lambda: gradient_square(on_real, real), "r2": lambda: gradient_square(on_fake, fake),
                      "gp": lambda: gradient_penalty(lambda x: self.critic(x, cond)[0], real, fake, rng),
                      "drift": lambda: drift(on_real)}
-        for name, penalty in penalties.items():
-            if weight := getattr(c, name):
-                logged[name] = penalty()
-                loss = loss + weight * logged[name]
+        for name, weight in weights.items():
+            logged[name] = penalties[name]()
+            loss = loss + weight * logged[name]
         if seen is not None:
             wrong = F.cross_entropy(seen.float(), batch["label"])
             loss = loss + c.auxiliary * (wrong + F.cross_entropy(guessed.float(), batch["label"]))
@@ -139,18 +152,28 @@ class Adversarial(nn.Module):
 
     def generator_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """How well the critic is deceived, with the share of the data's diversity that the pictures have."""
-        c, cond = self.config, self._cond(batch, rng)
-        fake = self.net(self._draw(batch["image"], rng), cond)
+        c, truth, cond = self.config, self._real(batch), self._cond(batch, rng)
+        fake = self.net(self._draw(truth, rng), cond)
         with frozen(self.critic) as critic:
             scores, guessed = critic(diff_augment(fake.float(), rng, c.augment), cond)
             real = torch.zeros_like(scores)
             if c.loss == "relativistic":                # the others do not look at real pictures
                 with torch.no_grad():
-                    real = critic(diff_augment(batch["image"], rng, c.augment), cond)[0]
+                    real = critic(diff_augment(truth, rng, c.augment), cond)[0]
         loss = LOSSES[c.loss].generator(real.float(), scores.float())
         if guessed is not None:
             loss = loss + c.auxiliary * F.cross_entropy(guessed.float(), batch["label"])
-        return {"loss": loss, "diversity": diversity(fake, batch["image"])}
+        return {"loss": loss, "diversity": diversity(fake, truth)}
+
+    def _penalties(self, step: int) -> dict[str, float]:
+        """What weighs in the critic's loss of a step, by name."""
+        c = self.config
+        every = {"r1": c.penalty_every, "r2": c.penalty_every, "gp": 1, "drift": 1}
+        return {name: getattr(c, name) * n for name, n in every.items() if getattr(c, name) and (step + 1) % n == 0}
+
+    @torch.no_grad()
+    def _real(self, batch: dict) -> Tensor:
+        return batch["latent"] if "latent" in batch else self.encode(batch["image"])
 
     def _cond(self, batch: dict, rng: torch.Generator) -> dict | None:
         return None if self.conditioner is None else self.conditioner.training_cond(batch, rng)
@@ -176,7 +199,7 @@ class Adversarial(nn.Module):
         flat = z.reshape(-1, z.shape[-1]).to(weight)
         parts = [self.net(flat[i:i + TOGETHER], cond and {n: ids[i:i + TOGETHER] for n, ids in cond.items()})
                  for i in range(0, len(flat), TOGETHER)]
-        shown = torch.cat(parts).float().clamp(-1, 1)
+        shown = torch.cat([decoded(self.codec, part) for part in parts])
         if watch is not None:
             watch(0, 1, shown, lambda x: x)
         return Media("image", shown if z.ndim == 2 else shown.unflatten(0, (len(seeds), frames)), notes)

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from nexus.codecs.kl_image import KLConfig
 from nexus.config import Config
 from nexus.errors import InputError, UsageError
 from nexus.media import Media
 from nexus.phase import Phase
 from nexus.process import coupling, samplers
+from nexus.process.codec import CodecConfig, decoded, encoded
 from nexus.process.concat import AnyConcat, training_picture
 from nexus.process.likelihood import hybrid_vlb
 from nexus.process.outpaint import sized
@@ -34,25 +34,6 @@ from nexus.rng import ItemNoise
 from nexus.text.conditioner import LabelCondConfig, NoCondConfig, TextCondConfig, dropped
 
 DEFAULT_STRENGTH = 0.6
-
-
-class CodecConfig(Config):
-    """The latent space of a system. weights: a model whose network is the codec, or None = in the same checkpoint."""
-
-    net: KLConfig
-    weights: str | None = None
-
-    def build(self) -> nn.Module:
-        """The codec, frozen, with its initial weights."""
-        return self.net.build().requires_grad_(False)
-
-    def external(self) -> dict[str, str]:
-        """What the loader attaches in its place."""
-        return {"codec": self.weights} if self.weights else {}
-
-
-SHARED_CODEC = {"net": KLConfig.presets["picture-codec"], "weights": "picture-codec"}
-SHARED_LATENTS = KLConfig.presets["picture-codec"]["latent_channels"]
 
 
 class DiffusionConfig(Config):
@@ -182,13 +163,11 @@ class Diffusion(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Pictures [B, C, H, W] in [-1, 1] -> what the network denoises."""
-        return x if self.codec is None else self.codec.latents(x.to(next(self.codec.parameters()).dtype)).float()
+        return encoded(self.codec, x)
 
     def decode(self, z: Tensor) -> Tensor:
         """The inverse of `encode`, clipped to [-1, 1]."""
-        if self.codec is not None:
-            z = self.codec.decode(z.to(next(self.codec.parameters()).dtype))
-        return z.float().clamp(-1, 1)
+        return decoded(self.codec, z)
 
     def loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """Mean squared error of the prediction; with a learned variance, iDDPM's hybrid loss."""

@@ -20,7 +20,7 @@ class TrainArgs(Config):
     batch_size: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1)
     seed: int = 0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"   # auto: bfloat16 where the machine is fast at it
     optimizer: Literal["adamw", "muon", "adam", "rmsprop"] = "adamw"
     lr: float = Field(1e-4, gt=0)
     muon_lr: float = Field(0.02, gt=0)

@@ -18,6 +18,7 @@ from nexus.data.latents import CodeSet, LatentSet
 from nexus.data.order import indices
 from nexus.errors import InputError, UsageError
 from nexus.nn.lora import LoRAConfig
+from nexus.nn.precision import has_bfloat16
 from nexus.train import lora as loras
 from nexus.train import run as runs
 from nexus.train.args import TrainArgs, overridden
@@ -88,7 +89,7 @@ class Plan(NamedTuple):
 
 def planned(system: str, data: str, run: Path, *, preset: str | None = None, file: dict | None = None,
             overrides: list[str] = (), flags: dict[str, Any] | None = None, lora: LoRAConfig | None = None,
-            init: str | None = None) -> Plan:
+            init: str | None = None, device: str = "auto") -> Plan:
     """The training that a command begins, or goes on with where there is a run; nothing is written.
 
     Raises UsageError or InputError for what cannot be trained, or not gone on with.
@@ -99,6 +100,7 @@ def planned(system: str, data: str, run: Path, *, preset: str | None = None, fil
     config, args = (_resumed(run, system, data, None if low else preset, file, overrides, flags) if begun else
                     loras.settings(system, low, preset, file, overrides, flags) if low else
                     resolve(system, preset=preset, file=file, overrides=overrides, flags=flags))
+    args = _with_precision(args, run if begun else None, device)
     images = open_for(config, data)
     config = config if low else (config if begun else like_base(config)).adapt(images.facts)
     if begun:
@@ -107,6 +109,15 @@ def planned(system: str, data: str, run: Path, *, preset: str | None = None, fil
     if init is None and getattr(config, "goes_on", False):
         raise UsageError("these settings go on with a trained model, and none is named", hint="--init MODEL")
     return Plan(config, args, images, low, init)
+
+
+def _with_precision(args: TrainArgs, begun: Path | None, device: str) -> TrainArgs:
+    """Precision "auto" as the device has it; a run that has begun goes on in its own, wherever it does."""
+    if args.precision != "auto":
+        return args
+    kept = begun and TrainArgs.parse(checkpoint.read_description(begun)["train"]).precision
+    fast = "bfloat16" if has_bfloat16(checkpoint.pick_device(device)) else "float32"
+    return args.model_copy(update={"precision": kept or fast})
 
 
 def _environment(device: torch.device, ranks: int) -> dict[str, str]:
@@ -146,13 +157,16 @@ def _train(system, data, run, device, world, preset, file, overrides, flags, ini
     if begun and resume == "never":
         raise UsageError(f"{run} holds a run already", hint="--resume auto goes on with it")
     barrier(world)
-    plan = planned(system, data, run, preset=preset, file=file, overrides=overrides, flags=flags, lora=lora, init=init)
+    plan = planned(system, data, run, preset=preset, file=file, overrides=overrides, flags=flags, lora=lora, init=init,
+                   device=str(device))
     config, args, images, lora, init = plan
     _check_split(args, world.size)
     for name, reason in images.skipped[:20]:
         report(f"skipped {name}: {reason}")
     if images.skipped:
         report(f"{len(images.skipped)} files were skipped, {len(images)} are used")
+    if args.precision == "bfloat16" and not has_bfloat16(device):
+        report("this device only emulates bfloat16, which takes many times longer: begin with --precision float32")
     built = _built(system, config, args, run, init, lora, report)
     built = shard(built.to(device), args, world, device)
     facts = {"train": args.to_json(), "data": data, "data_digest": images.facts.digest, "nexus": __version__,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from nexus.codecs.kl_image import KLConfig
 from nexus.errors import InputError, UsageError
 from nexus.images import read_image
 from nexus.losses.adversarial import LOSSES
@@ -14,7 +15,7 @@ from nexus.models.gan.conditional_gan import ConditionalGANConfig
 from nexus.models.gan.cycle_gan import CycleGANConfig
 from nexus.models.gan.wgan import WGANConfig
 from nexus.requests import SampleRequest
-from nexus.rng import generator
+from nexus.rng import ItemNoise, generator
 from nexus.train.args import TrainArgs
 from nexus.train.optim import build_optimizers, lr_scale
 
@@ -40,7 +41,8 @@ def grads(module):
     return [p.grad is not None and bool(p.grad.abs().sum()) for p in module.parameters()]
 
 
-@pytest.mark.parametrize("cls, preset", [(GANConfig, "tiny"), (GANConfig, "tiny-modern"), (WGANConfig, "tiny"),
+@pytest.mark.parametrize("cls, preset", [(GANConfig, "tiny"), (GANConfig, "tiny-modern"), (GANConfig, "tiny-latent"),
+                                         (WGANConfig, "tiny"),
                                          (WGANConfig, "tiny-clip"), (ConditionalGANConfig, "tiny-pix2pix"),
                                          (CycleGANConfig, "tiny")])
 def test_each_phase_teaches_its_own_network_alone(cls, preset):
@@ -78,6 +80,30 @@ def test_penalties_are_added_with_their_weights_and_logged():
     assert torch.allclose(two["loss"], one["loss"] + extra, rtol=1e-4) and two["r1"] > 0 and "r1" not in one
 
 
+def test_penalties_of_every_fourth_step_weigh_four_times():
+    config = GANConfig.preset("tiny-modern").model_copy(update={"r1": 3.0, "r2": 5.0, "drift": 2.0})
+    always, lazy = (built(config.model_copy(update={"penalty_every": n})) for n in (1, 4))
+    for step in range(8):
+        one, two = (s.critic_loss(batch(), generator(1, step), step) for s in (always, lazy))
+        extra = 3 * one["r1"] + 5 * one["r2"]
+        due = step % 4 == 3
+        assert torch.allclose(two["loss"], one["loss"] + (3 if due else -1) * extra, rtol=1e-4) and "drift" in two
+        assert ("r1" in two) == ("r2" in two) == due
+
+
+def test_a_gan_of_latents_is_trained_on_them_and_decodes_what_it_makes():
+    system = built(GANConfig.preset("tiny-latent")).eval()
+    assert not any(p.requires_grad for p in system.codec.parameters())
+    latents = system.encode(batch()["image"])
+    assert latents.shape == (4, 4, 8, 8)
+    for phase in system.phases():
+        of_pictures, of_latents = (phase.loss(b, generator(1), 0)["loss"] for b in (batch(), {"latent": latents}))
+        assert torch.equal(of_pictures, of_latents), phase.name
+    made = system.generate(SampleRequest(), seeds=[1, 2]).data
+    z = ItemNoise([1, 2]).draw((16,))
+    assert made.shape == (2, 3, 16, 16) and torch.equal(made, system.codec.decode(system.net(z)).clamp(-1, 1))
+
+
 def test_the_wasserstein_estimate_is_logged_and_weights_are_clipped():
     system = built(WGANConfig.preset("tiny-clip"))
     critic, net = system.phases()
@@ -104,7 +130,8 @@ def test_constant_then_linear():
 
 def test_a_wrong_combination_is_refused_by_its_name():
     for fields, word in (({"gp": 1.0}, "norm"), ({"critic": {"kind": "dcgan", "label": "map"}}, "label"),
-                         ({"critic": {"kind": "resnet", "widths": (8, 8)}}, "widths")):
+                         ({"critic": {"kind": "resnet", "widths": (8, 8)}}, "widths"),
+                         ({"codec": {"net": KLConfig.presets["tiny"]}}, "latents")):
         with pytest.raises(InputError, match=word):
             GANConfig.parse(fields)
     with pytest.raises(InputError, match="patch"):

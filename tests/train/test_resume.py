@@ -246,6 +246,21 @@ def test_another_value_of_a_setting_is_refused_by_its_name(name, value, stopped,
         go(pictures, stopped, overrides=[f"train.{name}={json.dumps(value)}"])
 
 
+@pytest.mark.parametrize("fast, precision", [(True, "bfloat16"), (False, "float32")])
+def test_precision_auto_is_settled_by_the_device_when_a_run_begins(fast, precision, pictures, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr("nexus.train.start.has_bfloat16", lambda device: fast)
+    with pytest.raises(StoppedError):
+        go(pictures, run, flags={"precision": "auto"}, progress=stop_after(5))
+    monkeypatch.setattr("nexus.train.start.has_bfloat16", lambda device: not fast)      # it goes on elsewhere
+    said = []
+    go(pictures, run, flags={"precision": "auto"}, report=said.append)
+    assert checkpoint.read_description(run)["train"]["precision"] == precision
+    assert any("emulates bfloat16" in line for line in said) == (precision == "bfloat16")
+    go(pictures, tmp_path / "whole", flags={"precision": precision})
+    assert toys.contents(run) == toys.contents(tmp_path / "whole")
+
+
 def test_another_system_setting_is_refused(stopped, pictures):
     with pytest.raises(UsageError, match="hidden"):
         go(pictures, stopped, overrides=["hidden=32"])

@@ -58,7 +58,7 @@ class EncodecSystemConfig(Config):
         "tiny": {"steps": 20, "batch_size": 4},
         "music": {"steps": 3000, "batch_size": 8, "lr": 1e-3, "betas": (0.8, 0.99), "warmup": 100,
                   "schedule": "cosine", "final_lr": 0.05, "ema": 0.995, "clip": 0.0, "save_every": 250,
-                  "precision": "bfloat16"},
+                  "precision": "auto"},
         "24khz": {"steps": 600_000, "batch_size": 64, "optimizer": "adam", "lr": 3e-4, "betas": (0.5, 0.9),
                   "ema": 0.99, "clip": 0.0, "save_every": 2000},
     }

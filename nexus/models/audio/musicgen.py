@@ -71,7 +71,7 @@ class MusicGenConfig(Config):
     recipes: ClassVar[dict[str, dict]] = {
         "tiny": {"steps": 20, "batch_size": 4},
         "music": {"steps": 12_000, "batch_size": 16, "lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1,
-                  "warmup": 200, "schedule": "cosine", "final_lr": 0.05, "precision": "bfloat16", "ema": 0.998,
+                  "warmup": 200, "schedule": "cosine", "final_lr": 0.05, "precision": "auto", "ema": 0.998,
                   "save_every": 250, "cache_latents": True},
     } | {size: {"steps": 1_000_000, "batch_size": 192, "lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1,
                 "warmup": 4000, "schedule": "cosine", "ema": 0.99, "save_every": 2000} for size in SIZES}

@@ -32,7 +32,7 @@ class DDPMConfig(DiffusionConfig):
     recipes: ClassVar[dict[str, dict]] = {
         "tiny": {"steps": 20, "batch_size": 4},
         "mnist": {"steps": 3000, "batch_size": 32, "lr": 1e-3, "warmup": 100, "schedule": "linear", "final_lr": 0.05,
-                  "precision": "bfloat16", "ema": 0.995, "save_every": 500},
+                  "precision": "auto", "ema": 0.995, "save_every": 500},
         "cifar10": {"steps": 800_000, "batch_size": 128, "lr": 2e-4, "warmup": 5000, "ema": 0.9999, "flip": 0.5,
                     "save_every": 5000},
     }

@@ -19,7 +19,8 @@ from nexus.nn.attention import attend, merge_heads, split_heads
 from nexus.nn.embed import TimestepMLP
 from nexus.nn.resnet import ResBlock, SelfAttention2d
 from nexus.phase import Phase
-from nexus.process.diffusion import SHARED_CODEC, SHARED_LATENTS, Diffusion, DiffusionConfig
+from nexus.process.codec import SHARED_CODEC, SHARED_LATENTS
+from nexus.process.diffusion import Diffusion, DiffusionConfig
 from nexus.process.paths import AnyPath, DiscretePath
 from nexus.process.predictions import noised
 from nexus.text.conditioner import LabelCondConfig, NoCondConfig, TextCondConfig

@@ -15,7 +15,7 @@ from nexus.errors import ModelError, UsageError
 from nexus.models.diffusion.unet import UNetConfig
 from nexus.process import consistency as cm
 from nexus.process import edm
-from nexus.process.diffusion import SHARED_CODEC
+from nexus.process.codec import SHARED_CODEC
 from nexus.process.jump import Consistency, JumpConfig, Pair
 from nexus.process.paths import VEPath
 from nexus.process.predictions import denoiser, network_input, over

@@ -17,9 +17,10 @@ from nexus.errors import ModelError
 from nexus.media import Media
 from nexus.models.diffusion.unet import UNet, UNetConfig
 from nexus.nn.perturb import Perturb
+from nexus.process.codec import SHARED_CODEC, CodecConfig
 from nexus.process.concat import training_picture
 from nexus.process.control import HINTS, controlled, hint_of
-from nexus.process.diffusion import SHARED_CODEC, CodecConfig, Diffusion, DiffusionConfig
+from nexus.process.diffusion import Diffusion, DiffusionConfig
 from nexus.process.paths import AnyPath, DiscretePath
 from nexus.requests import SampleRequest
 from nexus.text.conditioner import NoCondConfig, TextCondConfig
@@ -130,9 +131,9 @@ class ControlConfig(DiffusionConfig):
     default_preset: ClassVar[str] = "emoji"
     recipes: ClassVar[dict[str, dict]] = {
         "tiny": {"steps": 20, "batch_size": 4},
-        "emoji": {"steps": 4000, "batch_size": 32, "lr": 3e-4, "warmup": 200, "precision": "bfloat16", "ema": 0.998,
+        "emoji": {"steps": 4000, "batch_size": 32, "lr": 3e-4, "warmup": 200, "precision": "auto", "ema": 0.998,
                   "save_every": 500},
-        "sd15": {"steps": 50_000, "batch_size": 32, "lr": 1e-5, "precision": "bfloat16", "ema": 0.0},
+        "sd15": {"steps": 50_000, "batch_size": 32, "lr": 1e-5, "precision": "auto", "ema": 0.0},
     }
 
     def build(self) -> "Control":

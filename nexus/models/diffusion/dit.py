@@ -18,7 +18,8 @@ from nexus.nn.embed import TimestepMLP, sincos_2d, with_ids
 from nexus.nn.modulation import gated, modulate, start_as_identity
 from nexus.nn.patches import grid_of, unpatched
 from nexus.nn.perturb import Perturb
-from nexus.process.diffusion import SHARED_CODEC, SHARED_LATENTS, DiffusionConfig
+from nexus.process.codec import SHARED_CODEC, SHARED_LATENTS
+from nexus.process.diffusion import DiffusionConfig
 from nexus.process.paths import AnyPath, DiscretePath
 from nexus.text.conditioner import LabelCondConfig
 
@@ -220,6 +221,6 @@ class DiTConfig(DiffusionConfig):
     recipes: ClassVar[dict[str, dict]] = {
         "tiny": {"steps": 20, "batch_size": 4},
         "emoji": {"steps": 20_000, "batch_size": 64, "optimizer": "muon", "muon_lr": 0.01, "lr": 2e-3, "warmup": 200,
-                  "schedule": "linear", "final_lr": 0.05, "precision": "bfloat16", "ema": 0.998, "save_every": 500,
+                  "schedule": "linear", "final_lr": 0.05, "precision": "auto", "ema": 0.998, "save_every": 500,
                   "cache_latents": True, "shift": 0, "betas": (0.9, 0.99)},
     }

@@ -6,7 +6,8 @@ from pydantic import Field
 
 from nexus.models.diffusion.dit import DiTConfig, DiTNetConfig
 from nexus.models.diffusion.unet import UNetConfig
-from nexus.process.diffusion import SHARED_CODEC, DiffusionConfig
+from nexus.process.codec import SHARED_CODEC
+from nexus.process.diffusion import DiffusionConfig
 from nexus.process.paths import AffinePath, AnyPath
 from nexus.text.conditioner import LabelCondConfig, NoCondConfig
 

@@ -30,7 +30,7 @@ from nexus.nn.norm import QKNorm
 from nexus.nn.patches import grid_of
 from nexus.nn.perturb import Perturb
 from nexus.nn.rope import Rotation, axial_rotation, grid_positions, rotate
-from nexus.process.diffusion import SHARED_LATENTS
+from nexus.process.codec import SHARED_LATENTS
 
 TIME_FREQS = 256                 # width of the sinusoids of time and guidance
 PATCH = 2

@@ -14,7 +14,7 @@ from nexus.codecs.kl_image import KLConfig
 from nexus.errors import ModelError, UsageError
 from nexus.models.diffusion.unet import UNetConfig
 from nexus.process import consistency as cm
-from nexus.process.diffusion import SHARED_CODEC
+from nexus.process.codec import SHARED_CODEC
 from nexus.process.guidance import combine
 from nexus.process.jump import Consistency, JumpConfig, Pair, null_like, told
 from nexus.process.paths import DiscretePath
@@ -136,6 +136,6 @@ class LCMConfig(JumpConfig):
     default_preset: ClassVar[str] = "emoji"
     recipes: ClassVar[dict[str, dict]] = {
         "tiny": {"steps": 20, "batch_size": 4},
-        "emoji": {"steps": 4000, "batch_size": 32, "lr": 2e-4, "warmup": 100, "precision": "bfloat16", "ema": 0.99,
+        "emoji": {"steps": 4000, "batch_size": 32, "lr": 2e-4, "warmup": 100, "precision": "auto", "ema": 0.99,
                   "save_every": 250, "cache_latents": True, "betas": (0.9, 0.99)},
     }

@@ -30,7 +30,8 @@ from nexus.nn.modulation import modulate, start_as_identity
 from nexus.nn.patches import unpatched
 from nexus.nn.perturb import Perturb
 from nexus.process import clocks
-from nexus.process.diffusion import SHARED_CODEC, Diffusion, DiffusionConfig
+from nexus.process.codec import SHARED_CODEC
+from nexus.process.diffusion import Diffusion, DiffusionConfig
 from nexus.process.paths import RectifiedPath
 from nexus.process.schedules import Grid
 from nexus.process.steer import Task, scale_of, steered

@@ -19,7 +19,8 @@ from nexus.nn.attention import attend, merge_heads, split_heads
 from nexus.nn.embed import TimestepMLP, sincos_2d
 from nexus.nn.modulation import gated, modulate, start_linear
 from nexus.nn.patches import grid_of, unpatched
-from nexus.process.diffusion import SHARED_CODEC, SHARED_LATENTS, DiffusionConfig
+from nexus.process.codec import SHARED_CODEC, SHARED_LATENTS
+from nexus.process.diffusion import DiffusionConfig
 from nexus.process.paths import AnyPath, DiscretePath
 from nexus.text.conditioner import Cond, NoCondConfig, TextCondConfig
 from nexus.text.pretrained import PretrainedCondConfig

@@ -19,7 +19,8 @@ from nexus.models.diffusion.dit_llama import LlamaDiTConfig
 from nexus.models.diffusion.ncsnpp import NCSNppConfig
 from nexus.models.diffusion.unet import UNetConfig
 from nexus.process import coupling, pairs, rectified, samplers
-from nexus.process.diffusion import SHARED_CODEC, Diffusion, DiffusionConfig, Run
+from nexus.process.codec import SHARED_CODEC
+from nexus.process.diffusion import Diffusion, DiffusionConfig, Run
 from nexus.process.guidance import guided
 from nexus.process.paths import DiscretePath, RectifiedPath
 from nexus.process.predictions import clipped, denoiser, noised, over, target

@@ -7,7 +7,8 @@ from pydantic import Field
 
 from nexus.codecs.kl_image import KLConfig
 from nexus.models.diffusion.unet import EMOJI_RECIPE, UNetConfig
-from nexus.process.diffusion import SHARED_CODEC, CodecConfig, DiffusionConfig
+from nexus.process.codec import SHARED_CODEC, CodecConfig
+from nexus.process.diffusion import DiffusionConfig
 from nexus.process.paths import AnyPath, DiscretePath
 from nexus.text.conditioner import NoCondConfig, TextCondConfig
 from nexus.text.pretrained import PretrainedCondConfig
@@ -48,6 +49,6 @@ class StableDiffusionConfig(DiffusionConfig):
     recipes: ClassVar[dict[str, dict]] = {
         "tiny": {"steps": 20, "batch_size": 4},
         "emoji": EMOJI_RECIPE,
-        "sd15": {"steps": 100_000, "batch_size": 256, "lr": 1e-4, "warmup": 1000, "precision": "bfloat16",
+        "sd15": {"steps": 100_000, "batch_size": 256, "lr": 1e-4, "warmup": 1000, "precision": "auto",
                  "ema": 0.9999, "save_every": 1000, "cache_latents": True},
     }

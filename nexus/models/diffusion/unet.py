@@ -19,12 +19,12 @@ from nexus.nn.embed import TimestepMLP, sinusoid, with_ids
 from nexus.nn.perturb import Perturb
 from nexus.nn.resnet import ResBlock, SelfAttention2d
 from nexus.nn.spatial_transformer import KeyValue, SpatialTransformer
-from nexus.process.diffusion import SHARED_LATENTS
+from nexus.process.codec import SHARED_LATENTS
 
 _TINY = {"channels": 16, "mult": (1, 2), "blocks": 1, "groups": 8}
 _LATENT = {"in_channels": SHARED_LATENTS, "out_channels": SHARED_LATENTS, "mult": (1, 2), "blocks": 1}
 EMOJI_RECIPE = {"steps": 20_000, "batch_size": 32, "lr": 1e-3, "warmup": 200, "schedule": "linear", "final_lr": 0.05,
-                "precision": "bfloat16", "ema": 0.998, "save_every": 500, "cache_latents": True, "betas": (0.9, 0.99)}
+                "precision": "auto", "ema": 0.998, "save_every": 500, "cache_latents": True, "betas": (0.9, 0.99)}
 
 
 class UNetConfig(Config):

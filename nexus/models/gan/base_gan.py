@@ -2,8 +2,10 @@
 
 from typing import ClassVar
 
-from nexus.nn.gan_resnet import EMOJI_NET
+from nexus.codecs.kl_image import KLConfig
+from nexus.nn.gan_resnet import EMOJI_NET, LATENT_CRITIC, LATENT_NET
 from nexus.process.adversarial import AdversarialConfig
+from nexus.process.codec import SHARED_CODEC
 
 TINY_NET = {"kind": "dcgan", "size": 16, "width": 8, "latents": 16}
 _TINY_WIDTHS = {"kind": "resnet", "widths": (16, 16, 8), "blocks": 1, "group": 8}
@@ -16,8 +18,13 @@ class GANConfig(AdversarialConfig):
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"net": TINY_NET, "critic": {"kind": "dcgan", "width": 8}},
         "tiny-modern": _MODERN | {"net": _TINY_WIDTHS | {"latents": 16}, "critic": _TINY_WIDTHS, "r1": 1.0, "r2": 1.0},
+        "tiny-latent": {"net": {"kind": "resnet", "widths": (16, 8), "blocks": 1, "channels": 4, "latents": 16},
+                        "critic": {"kind": "resnet", "widths": (16, 8), "blocks": 1},
+                        "codec": {"net": KLConfig.presets["tiny"]}},
         "dcgan": {},
-        "emoji": _MODERN | {"net": EMOJI_NET, "critic": EMOJI_NET, "r1": 2.0, "r2": 2.0},
+        "emoji": _MODERN | {"net": LATENT_NET, "critic": LATENT_CRITIC, "codec": SHARED_CODEC, "r1": 1.0, "r2": 1.0,
+                              "penalty_every": 4},
+        "emoji-pixels": _MODERN | {"net": EMOJI_NET, "critic": EMOJI_NET, "r1": 2.0, "r2": 2.0},
         "digits": {"net": {"kind": "dcgan", "size": 32, "channels": 1, "width": 32, "latents": 64},
                    "critic": {"kind": "dcgan", "width": 32, "norm": "none"},
                    "loss": "relativistic", "r1": 1.0, "r2": 1.0},
@@ -26,10 +33,15 @@ class GANConfig(AdversarialConfig):
     recipes: ClassVar[dict[str, dict]] = {
         "tiny": {"steps": 20, "batch_size": 4},
         "tiny-modern": {"steps": 20, "batch_size": 4},
+        "tiny-latent": {"steps": 20, "batch_size": 4, "cache_latents": True},
         "dcgan": {"steps": 50_000, "batch_size": 64, "optimizer": "adam", "lr": 2e-4, "betas": (0.5, 0.999),
                   "clip": 0.0},
         "emoji": {"steps": 20_000, "batch_size": 32, "optimizer": "adam", "lr": 2e-4, "betas": (0.0, 0.99),
-                  "schedule": "cosine", "final_lr": 0.25, "clip": 0.0, "ema": 0.998, "flip": 0.5, "save_every": 500},
+                  "schedule": "cosine", "final_lr": 0.1, "clip": 0.0, "ema": 0.998, "flip": 0.5, "save_every": 500,
+                  "cache_latents": True, "shift": 2, "variants": 2},
+        "emoji-pixels": {"steps": 20_000, "batch_size": 32, "optimizer": "adam", "lr": 2e-4, "betas": (0.0, 0.99),
+                         "schedule": "cosine", "final_lr": 0.25, "clip": 0.0, "ema": 0.998, "flip": 0.5,
+                         "save_every": 500},
         "digits": {"steps": 5000, "batch_size": 64, "optimizer": "adam", "lr": 2e-4, "betas": (0.5, 0.99),
                    "clip": 0.0, "ema": 0.998},
     }

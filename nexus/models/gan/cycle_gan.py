@@ -79,7 +79,7 @@ class CycleGANConfig(Config):
     recipes |= {
         "resnet-6": recipes["resnet-9"],
         "emoji": recipes["resnet-9"] | {"steps": 8000, "batch_size": 4, "shift": 4, "ema": 0.995, "save_every": 250,
-                                        "precision": "bfloat16"},
+                                        "precision": "auto"},
     }
 
     @model_validator(mode="after")

@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from nexus.nn.gan_resnet import EMOJI_NET, ResCriticConfig, ResGeneratorConfig
+from nexus.nn.gan_resnet import LATENT_CRITIC, LATENT_NET, ResCriticConfig, ResGeneratorConfig
 from nexus.process.adversarial import AdversarialConfig, AnyCritic, AnyGenerator
+from nexus.process.codec import SHARED_CODEC
 
 _CLIP = {"gp": 0.0, "clip": 0.01}
 
@@ -32,8 +33,8 @@ class WGANConfig(AdversarialConfig):
         "gp": {},
         "clip": _CLIP | {"net": {"kind": "dcgan"}, "critic": {"kind": "dcgan"}},
         "dcgan-gp": {"net": {"kind": "dcgan"}, "critic": {"kind": "dcgan", "norm": "layer"}},
-        "emoji": {"net": EMOJI_NET | {"norm": "batch", "latents": 64}, "critic": EMOJI_NET, "drift": 1e-3,
-                  "critic_steps": 3},
+        "emoji": {"net": LATENT_NET | {"norm": "batch", "latents": 64}, "critic": LATENT_CRITIC, "codec": SHARED_CODEC,
+                  "drift": 1e-3, "critic_steps": 3},
     }
     default_preset: ClassVar[str] = "emoji"
     recipes: ClassVar[dict[str, dict]] = {
@@ -45,5 +46,6 @@ class WGANConfig(AdversarialConfig):
     recipes |= {
         "dcgan-gp": recipes["gp"],
         "emoji": recipes["gp"] | {"steps": 10_000, "batch_size": 32, "lr": 2e-4, "schedule": "linear",
-                                  "final_lr": 0.05, "ema": 0.998, "flip": 0.5, "save_every": 250},
+                                  "final_lr": 0.05, "ema": 0.998, "flip": 0.5, "save_every": 250,
+                                  "cache_latents": True, "shift": 2, "variants": 2},
     }

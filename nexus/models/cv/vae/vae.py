@@ -25,7 +25,7 @@ from nexus.rng import ItemNoise
 _CODEC = {"likelihood": "laplace", "beta": 1e-6, "per_value": True, "edge_weight": 0.5}
 _PICTURE_CODEC = _CODEC | {"net": KLConfig.presets["picture-codec"] | {"kind": "kl"}, "beta": 5e-3}
 _PICTURE_CODEC_RECIPE = {"steps": 5000, "batch_size": 16, "lr": 8e-4, "warmup": 200, "schedule": "cosine",
-                         "final_lr": 0.02, "precision": "bfloat16", "ema": 0.995, "save_every": 250, "flip": 0.5,
+                         "final_lr": 0.02, "precision": "auto", "ema": 0.995, "save_every": 250, "flip": 0.5,
                          "shift": 4, "betas": (0.9, 0.99)}
 
 
