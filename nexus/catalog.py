@@ -50,7 +50,7 @@ CATALOG: dict[str, Entry] = {
     "wgan": Entry("nexus.models.gan.wgan:WGANConfig", "image",
                   "Wasserstein GAN with gradient penalty or clipping (Arjovsky et al. 2017)", "wgan"),
     "vae": Entry("nexus.models.cv.vae.vae:VAEConfig", "image",
-                 "VAE, beta-VAE and the KL picture codec (Kingma & Welling 2013)", "picture-codec"),
+                 "VAE, beta-VAE, KL and VQ picture codecs (Kingma & Welling 2013)", "picture-codec"),
     "musicgen": Entry("nexus.models.audio.musicgen:MusicGenConfig", "audio",
                       "MusicGen: music from a text, a melody or a beginning (Copet et al. 2023)", "music", "music"),
     "encodec": Entry("nexus.models.audio.encodec:EncodecSystemConfig", "audio",

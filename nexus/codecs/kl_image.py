@@ -70,6 +70,25 @@ class KLConfig(Config):
         return KLImage(self)
 
 
+def halves(config: KLConfig, out: int) -> tuple[KLEncoder, KLDecoder]:
+    """The encoder of a picture codec, whose features have `out` channels, and its decoder."""
+    shared = {"patch": config.patch, "attention": config.mid_attention,
+              "norm": {"groups": config.groups, "eps": config.eps}}
+    return (KLEncoder(config.in_channels, out, config.channels, config.blocks, **shared),
+            KLDecoder(config.latent_channels, config.out_channels, config.channels, config.blocks, **shared))
+
+
+def features(codec: nn.Module, x: Tensor) -> Tensor:
+    """What the codec's encoder says of pictures x [B, C, H, W], in stripes where its `tile` asks for it."""
+    return tiling.encode(codec.encoder, x) if tiling.wanted(codec.tile, *x.shape[2:]) else codec.encoder(x)
+
+
+def pictures(codec: nn.Module, z: Tensor) -> Tensor:
+    """What the codec's decoder makes of z [B, L, h, w], likewise."""
+    striped = tiling.wanted(codec.tile, *(side * codec.config.factor for side in z.shape[2:]))
+    return tiling.decode(codec.decoder, z) if striped else codec.decoder(z)
+
+
 class KLImage(nn.Module):
     """Convolutional Gaussian autoencoder of pictures. Rombach et al. 2022.
 
@@ -81,18 +100,14 @@ class KLImage(nn.Module):
     def __init__(self, config: KLConfig):
         super().__init__()
         self.config = config
-        norm = {"groups": config.groups, "eps": config.eps}
-        shared = {"patch": config.patch, "attention": config.mid_attention, "norm": norm}
         moments, latents = 2 * config.latent_channels, config.latent_channels
-        self.encoder = KLEncoder(config.in_channels, moments, config.channels, config.blocks, **shared)
-        self.decoder = KLDecoder(latents, config.out_channels, config.channels, config.blocks, **shared)
+        self.encoder, self.decoder = halves(config, moments)
         self.quant_conv = nn.Conv2d(moments, moments, 1) if config.quant_conv else None
         self.post_quant_conv = nn.Conv2d(latents, latents, 1) if config.quant_conv else None
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, C, H, W] in [-1, 1] -> mean and log variance [B, L, H/f, W/f] of the posterior, before scaling."""
-        striped = tiling.wanted(self.tile, *x.shape[2:])
-        h = tiling.encode(self.encoder, x) if striped else self.encoder(x)
+        h = features(self, x)
         return split_moments(h if self.quant_conv is None else self.quant_conv(h))
 
     def latents(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -108,5 +123,4 @@ class KLImage(nn.Module):
     def decode_raw(self, z: Tensor) -> Tensor:
         """Latents before scaling -> picture."""
         z = z if self.post_quant_conv is None else self.post_quant_conv(z)
-        striped = tiling.wanted(self.tile, *(side * self.config.factor for side in z.shape[2:]))
-        return tiling.decode(self.decoder, z) if striped else self.decoder(z)
+        return pictures(self, z)

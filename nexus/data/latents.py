@@ -26,7 +26,7 @@ class LatentSet:
                  variants: int = 1, watch: Callable[[int, int], None] = lambda done, total: None):
         self.images, self.facts = images, images.facts
         plain = not shift and not flip
-        self._latents = []
+        kept = []
         for variant in range(1 if plain else variants):
             rng = generator(0, "latents", variant)
             parts = []
@@ -34,7 +34,8 @@ class LatentSet:
                 indices = list(range(start, min(start + CHUNK, len(images))))
                 parts.append(encode(images.batch(indices, rng, shift=shift, flip=flip)["image"]).float().cpu())
                 watch(variant * len(images) + start, len(images) * variants)
-            self._latents.append(torch.cat(parts))
+            kept.append(torch.cat(parts))
+        self._latents = torch.stack(kept)                                   # [variants, pictures, C, h, w]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -42,8 +43,7 @@ class LatentSet:
     def batch(self, indices: list[int], rng: torch.Generator) -> dict:
         """The latents and labels of some pictures, each in a variant drawn from rng."""
         which = torch.randint(len(self._latents), (len(indices),), generator=rng)
-        stacked = torch.stack([self._latents[v][i] for v, i in zip(which.tolist(), indices, strict=True)])
-        return {"latent": stacked, **self.images.labels_of(indices)}
+        return {"latent": self._latents[which, torch.as_tensor(indices)], **self.images.labels_of(indices)}
 
 
 class CodeSet:

@@ -64,8 +64,29 @@ def fit(x: Tensor, labels: Tensor, style_ids: Tensor, texts: Tensor) -> Probe:
 
 def ranks(probe: Probe, x: Tensor, labels: Tensor) -> Tensor:
     """How many of the K captions are at least as near (cosine) as the right one, itself not counted: [N] int64."""
-    scores = F.normalize(probe.captions(x.double()), dim=1) @ F.normalize(probe.texts, dim=1).T
+    scores = _scores(probe, x)
     return (scores >= scores.gather(1, labels[:, None])).sum(1) - 1
+
+
+def shuffled_hits(probe: Probe, x: Tensor, labels: Tensor, most: int) -> Tensor | None:
+    """How often each picture's rank would be below `most` had it been drawn for the caption of another one: [N].
+
+    The mean over all those pictures whose caption is another; None where all have the same.
+    """
+    counts = labels.bincount(minlength=len(probe.texts)).double()
+    others = len(labels) - counts[labels]
+    if not others.all():
+        return None
+    scores = _scores(probe, x)
+    next_best = scores.topk(min(most + 1, scores.shape[1])).values[:, -1:]
+    hits = (scores > next_best) if scores.shape[1] > most else torch.ones_like(scores, dtype=torch.bool)
+    own = hits.gather(1, labels[:, None])[:, 0] * counts[labels]
+    return (hits.double() @ counts - own) / others
+
+
+def _scores(probe: Probe, x: Tensor) -> Tensor:
+    """The cosine of what a picture says and each caption: [N, K]."""
+    return F.normalize(probe.captions(x.double()), dim=1) @ F.normalize(probe.texts, dim=1).T
 
 
 def style_hits(probe: Probe, x: Tensor, style_ids: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from nexus.rng import generator
 
 
 def analysis(system: nn.Module) -> ModuleType | None:
-    """The measurements that a system brings, if it does: the module `analysis` beside its own, with `rebuild`."""
+    """The module `analysis` beside a system's own, where there is one that has `rebuild` and `bounds`."""
     name = type(system).__module__.rpartition(".")[0] + ".analysis"
     if not name.startswith("nexus.models.") or find_spec(name) is None:
         return None
@@ -34,15 +34,13 @@ def reconstruction(system: nn.Module, batches: Iterable[dict], *, seed: int,
     rebuilt(pictures) is given what the system makes of each batch, uint8 [B, H, W, C].
 
     These two are upper bounds on -log2 p(x) a dimension: of the pixels' density on [-1, 1], or their probability when
-    the likelihood is Bernoulli. iwae is for flat latents only: a map of thousands needs too many importance samples.
-    Draws are a function of seed and picture. ModelError for a system that cannot rebuild a picture.
+    the likelihood is Bernoulli. Draws are a function of seed and picture.
+    ModelError for a system that cannot rebuild a picture.
     """
     own = analysis(system)
     if own is None:
         raise ModelError(f"{type(system).__name__} cannot rebuild a picture", hint="a VAE or a picture codec can")
-    bounds = {"elbo": lambda x, rng: -own.elbo(system, x, rng)} if hasattr(own, "elbo") else {}
-    if hasattr(own, "iwae_nll") and len(system.config.net.latent_shape) == 1:
-        bounds["iwae"] = lambda x, rng: own.iwae_nll(system, x, rng)
+    bounds = own.bounds(system)
     weight, done, columns = next(system.parameters()), 0, {}
     for batch in batches:
         x = batch["image"].to(weight)

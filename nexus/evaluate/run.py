@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from nexus import catalog, checkpoint
 from nexus.data.folders import EXTENSIONS
 from nexus.data.images import ImageSet, open_images
 from nexus.errors import InputError, ModelError, UsageError
-from nexus.evaluate import classify, density, sets, sound, translation
+from nexus.evaluate import classify, density, disentangle, sets, sound, translation
 from nexus.evaluate import judge as judges
 from nexus.evaluate.bootstrap import DRAWS, mean_interval
 from nexus.evaluate.features import Extractor, cached_features, features, open_extractor
@@ -140,7 +141,25 @@ def _rebuilt(system: nn.Module, held: ImageSet, facts: dict, settings: Settings,
     if "iwae" in values:
         facts["importance_samples"] = system.config.iwae_k
     numbers = {NAMES[key]: mean_interval(v, settings.seed) for key, v in values.items()}
-    return {"protocol": facts | how, "numbers": numbers | apart}
+    followed, said = _disentangled(system, held, rows, settings.seed, batch_size)
+    return {"protocol": facts | how | said, "numbers": numbers | apart | followed}
+
+
+def _disentangled(system: nn.Module, held: ImageSet, rows: list[int], seed: int,
+                  batch_size: int) -> tuple[dict, dict]:
+    """How far latents follow the data's classes and styles; nothing where latents are maps, or labels too rare."""
+    weight = next(system.parameters())
+    batches = (held.batch(rows[i:i + batch_size])["image"].to(weight) for i in range(0, len(rows), batch_size))
+    codes = [analysis(system).codes(system, x) for x in batches]
+    labels = held.labels_of(rows)
+    factors = disentangle.usable({"class": labels["label"], "style": labels["style"]})
+    if codes[0] is None or not factors:
+        return {}, {}
+    codes = torch.cat(codes).cpu()
+    numbers = {f"mutual information gap, {name}": disentangle.gap(codes, ids) for name, ids in factors.items()}
+    if len(factors) > 1:
+        numbers["beta-vae score"] = disentangle.beta_vae_score(codes, list(factors.values()), seed)
+    return numbers, {"factors": ", ".join(factors), "bins": disentangle.BINS}
 
 
 def _likely(system: nn.Module, held: ImageSet, facts: dict, settings: Settings, steps: int | None,

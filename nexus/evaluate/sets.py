@@ -64,13 +64,15 @@ def yardstick(real: Tensor, style_ids: Tensor, styles: tuple[str, ...], seed: in
 
 
 def read_by(probe: captions.Probe, x: Tensor, labels: Tensor, style_ids: Tensor, seed: int) -> Numbers:
-    """Is the right caption the nearest of all, or among five; is the style the right one; is it both.
+    """Is the right caption the nearest of all, or among five, or another's among five; is the style right; is it both.
 
     The last one matters: a training picture of the concept in another style is read better than any new picture,
     for the probe has seen it, but its style is wrong.
     """
     rank = captions.ranks(probe, x, labels)
     hits = {f"caption top-{k}": (rank < k).double() for k in (1, 5)}
+    if (shuffled := captions.shuffled_hits(probe, x, labels, 5)) is not None:
+        hits["caption top-5, captions shuffled"] = shuffled
     if probe.styles.weight.shape[1] > 1:
         hits["style"] = captions.style_hits(probe, x, style_ids)
         hits["caption top-5 and style"] = hits["caption top-5"] * hits["style"]
@@ -80,7 +82,7 @@ def read_by(probe: captions.Probe, x: Tensor, labels: Tensor, style_ids: Tensor,
 def beside_real(made: Numbers, real: Numbers) -> Numbers:
     """`made`, then `real` with its names marked, then the shares of real (none where real has 0)."""
     shares = {f"{name}, share of real": made[name]["value"] / each["value"] for name, each in real.items()
-              if each["value"] > 0}
+              if each["value"] > 0 and not name.endswith("shuffled")}
     return {**made, **{f"real {name}": each for name, each in real.items()}, **shares}
 
 

@@ -1,16 +1,25 @@
 """The latent space of a picture system: a codec of its own, or one whose weights lie in a checkpoint of theirs."""
 
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from nexus.codecs.kl_image import KLConfig
+from nexus.codecs.vq_image import VQConfig
 from nexus.config import Config
 
 
 class CodecConfig(Config):
     """The latent space of a system. weights: a model whose network is the codec, or None = in the same checkpoint."""
 
-    net: KLConfig
+    net: Annotated[KLConfig | VQConfig, Field(discriminator="kind")]
     weights: str | None = None
+
+    @field_validator("net", mode="before")
+    @classmethod
+    def _usual_kind(cls, net: Any) -> Any:
+        return {"kind": "kl"} | net if isinstance(net, dict) else net
 
     def build(self) -> nn.Module:
         """The codec, frozen, with its initial weights."""

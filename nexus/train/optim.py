@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from nexus.errors import ModelError
 from nexus.train.args import TrainArgs
+from nexus.train.muon import Muon
 
 
 def build_optimizers(module: nn.Module, args: TrainArgs, rate: float = 1.0) -> dict[str, torch.optim.Optimizer]:
     """One optimiser, or two for Muon: it takes the hidden matrices, AdamW takes embeddings, gains and biases.
 
-    rate: times the learning rates of args. Muon: Jordan et al. 2024, with torch's own implementation.
+    rate: times the learning rates of args.
     """
     args = args.model_copy(update={"lr": rate * args.lr, "muon_lr": rate * args.muon_lr})
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
@@ -22,8 +23,7 @@ def build_optimizers(module: nn.Module, args: TrainArgs, rate: float = 1.0) -> d
         rest = [p for _, p in named if id(p) not in chosen]
         found = {"adamw": _adamw(rest, args)} if rest else {}
         if hidden:                      # thin matrices, such as those of a LoRA, are none
-            muon = torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=args.weight_decay, adjust_lr_fn="original")
-            found = {"muon": muon, **found}
+            found = {"muon": Muon(hidden, lr=args.muon_lr, weight_decay=args.weight_decay), **found}
         return found
     params = [p for _, p in named]
     if args.optimizer == "adam":

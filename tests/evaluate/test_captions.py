@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nexus.errors import InputError
-from nexus.evaluate.captions import embed_texts, fit, ranks, ridge, style_hits
+from nexus.evaluate.captions import embed_texts, fit, ranks, ridge, shuffled_hits, style_hits
 from nexus.evaluate.sets import beside_real, read_by
 
 CAPTIONS, STYLES, FEATURES, TEXT = 9, 2, 24, 16
@@ -61,9 +61,21 @@ def test_new_pictures_of_separable_captions_and_styles_are_all_read(probe):
 def test_pictures_of_nothing_are_read_by_chance(probe):
     labels, style_ids = everything(60)
     found = read_by(probe, random(len(labels), FEATURES, seed=12), labels, style_ids, 0)
-    assert set(found) == {"caption top-1", "caption top-5", "style", "caption top-5 and style"}
-    for name, chance in (("caption top-1", 1 / CAPTIONS), ("caption top-5", 5 / CAPTIONS), ("style", 1 / STYLES)):
+    shuffled = "caption top-5, captions shuffled"
+    assert set(found) == {"caption top-1", "caption top-5", shuffled, "style", "caption top-5 and style"}
+    for name, chance in (("caption top-1", 1 / CAPTIONS), ("caption top-5", 5 / CAPTIONS), (shuffled, 5 / CAPTIONS),
+                         ("style", 1 / STYLES)):
         assert found[name]["value"] == pytest.approx(chance, abs=0.06)
+
+
+def test_shuffled_captions_are_every_other_pictures(probe):
+    labels = torch.tensor([0, 0, 3, 7, 8, 8, 8])
+    x = features(labels, torch.zeros_like(labels), 13, noise=0.7)
+    want = [torch.stack([(ranks(probe, x[i:i + 1], other[None]) < 2).double()[0] for other in labels
+                         if other != labels[i]]).mean() for i in range(len(labels))]
+    torch.testing.assert_close(shuffled_hits(probe, x, labels, 2), torch.stack(want))
+    assert shuffled_hits(probe, x, labels, CAPTIONS).eq(1).all()
+    assert shuffled_hits(probe, x[:2], labels[:2], 2) is None
 
 
 def test_captions_that_read_alike_count_against_the_picture():

@@ -328,9 +328,11 @@ def test_every_preset_builds_and_rebuilds_on_meta(name):
     with torch.device("meta"):
         vae = VAEConfig.preset(name).build()
         c = vae.config
-        output, mean, logvar = vae.rebuild(torch.empty(2, c.image_channels, c.image_size, c.image_size), None)
-    assert output.shape == (2, c.image_channels, c.image_size, c.image_size)
-    assert mean.shape == logvar.shape == (2, *c.net.latent_shape)
+        x = torch.empty(2, c.image_channels, c.image_size, c.image_size)
+        found = vae.net.encode(x)
+        assert vae.rebuilt(x).shape == x.shape
+    means = [found] if c.net.kind == "vq" else found
+    assert all(m.shape == (2, *c.net.latent_shape) for m in means)
     assert VAEConfig.parse(c.to_json()) == c
 
 
@@ -405,3 +407,51 @@ def test_a_released_codec_has_no_critic(tmp_path):
         loaded = checkpoint.load(str(tmp_path / name), device="cpu")
         assert loaded.critic is None and len(loaded.phases()) == 1
         assert torch.equal(loaded.net.decoder.conv_out.weight, system.net.decoder.conv_out.weight)
+
+
+# The codec with a codebook
+
+def test_a_vq_codec_rebuilds_a_picture_and_draws_none(tmp_path):
+    vq = system("tiny-vq")
+    array = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    file = str(write_image(tmp_path / "in.png", array))
+    made = vq.generate(SampleRequest(image=file), seeds=[7, 8]).data
+    x = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 127.5 - 1
+    assert made.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(made, rebuild(vq, x).expand(2, -1, -1, -1))
+    with pytest.raises(InputError, match="no prior"):
+        vq.generate(SampleRequest(), seeds=[0])
+    with pytest.raises(InputError, match="takes no prompt"):
+        vq.generate(SampleRequest(image=file, prompt="a cat"), seeds=[0])
+
+
+def test_the_loss_of_a_vq_codec_is_its_terms():
+    vq = system("tiny-vq", commitment=0.7, critic=None, edge_weight=0.0, per_value=False)
+    x = pictures(3, vq)
+    coded = vq.net.coded(vq.net.encode(x))
+    distortion = (vq.net.decode_raw(coded.z) - x).abs().sum() / 3 + math.log(2) * x[0].numel()     # laplace of scale 1
+    found = vq.loss({"image": x}, rng(), 0)
+    want = distortion + x[0].numel() * (coded.to_z + 0.7 * coded.to_rows)
+    torch.testing.assert_close(found["loss"], want, rtol=1e-4, atol=1e-3)
+    assert found["usage"] == len(coded.ids.unique()) / 16
+
+
+def test_a_vq_codec_learns_a_few_pictures_with_its_codebook():
+    vq = system("tiny-vq", critic=None).train()
+    x = pictures(4, vq).round()
+    optimizer = torch.optim.Adam(vq.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = vq.loss({"image": x}, rng(), 0)["loss"]
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0] and len(vq.net.ids(vq.net.encode(x)).unique()) > 1
+
+
+def test_what_a_vq_codec_has_not_is_refused():
+    for given, says in (({"latent_noise": 0.1}, "latent_noise"), ({"decoder_only": True}, "decoder_only"),
+                        ({"likelihood": "bernoulli"}, "likelihood")):
+        with pytest.raises(InputError, match=says):
+            VAEConfig.parse(VAEConfig.presets["tiny-vq"] | given)

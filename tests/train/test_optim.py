@@ -12,6 +12,7 @@ from nexus.checkpoint import own_state
 from nexus.errors import ModelError
 from nexus.train.args import TrainArgs
 from nexus.train.ema import EMA, swap
+from nexus.train.muon import Muon, orthogonalised
 from nexus.train.optim import build_optimizers, load_optimizer_tensors, lr_scale, optimizer_tensors, set_lr
 from nexus.train.state import parameter_names
 
@@ -85,6 +86,39 @@ def test_muon_moves_along_an_orthogonal_matrix():
     grads = torch.linalg.svdvals(module[0].weight.grad)
     assert grads[0] / grads[7] > 4                              # 8 rows of data: the gradient has rank 8
     assert 0.5 < moved[7] / moved[0] <= 1                       # Newton-Schulz brings all of them near one size
+
+
+def test_muon_is_torchs_to_the_rounding_of_bfloat16():
+    """Theirs computes in bfloat16 everywhere; ours in float32 where the processor has no bfloat16."""
+    rng = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=rng) for shape in ((32, 20), (16, 32), (32, 20))]
+    ours, theirs = ([nn.Parameter(w.clone()) for w in starts] for _ in range(2))
+    pair = (Muon(ours, lr=0.1, weight_decay=0.2),
+            torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, adjust_lr_fn="original"))
+    for _ in range(5):
+        before = [w.detach().clone() for w in ours]
+        with torch.no_grad():
+            for a, b in zip(ours, theirs, strict=True):
+                b.copy_(a)
+                a.grad = torch.randn(a.shape, generator=rng)
+                b.grad = a.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+        for old, a, b in zip(before, ours, theirs, strict=True):
+            assert ((a - old) - (b - old)).norm() < 0.03 * (b - old).norm()
+            assert torch.equal(pair[0].state[a]["momentum_buffer"], pair[1].state[b]["momentum_buffer"])
+
+
+def test_a_stack_of_matrices_is_orthogonalised_as_each_alone():
+    for shape in ((3, 24, 40), (2, 40, 24), (1, 16, 16)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        made = orthogonalised(x)
+        assert torch.allclose(made, torch.cat([orthogonalised(one[None]) for one in x]), atol=1e-5)
+        sizes = torch.linalg.svdvals(made)
+        assert (sizes > 0.5).all() and (sizes < 1.3).all()
+        polar = torch.linalg.svd(x, full_matrices=False)
+        assert torch.nn.functional.cosine_similarity(made.flatten(1), (polar.U @ polar.Vh).flatten(1)).min() > 0.97
+    assert not orthogonalised(torch.zeros(1, 4, 4)).any()
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

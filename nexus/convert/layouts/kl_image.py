@@ -1,10 +1,11 @@
-"""The KL picture codec: diffusers' AutoencoderKL, and the single files of latent diffusion, SD3 and FLUX."""
+"""The picture codecs: diffusers' AutoencoderKL and VQModel, and single files of VQGAN, latent diffusion, SD3, FLUX."""
 
 from functools import partial
 
 from torch import Tensor
 
 from nexus.codecs.kl_image import KLConfig
+from nexus.codecs.vq_image import VQConfig
 from nexus.convert.keymap import Row
 from nexus.convert.layout import Layout, Shapes
 from nexus.convert.layouts.unet_rows import layer, layers
@@ -17,13 +18,21 @@ RES = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2"}
 NEW_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 OLD_ATTENTION = ("query", "key", "value", "proj_attn")          # files of 2022
 ENDS = ("conv_in", "conv_out")
+CODES = "quantize.embedding.weight"                             # of a VQ codec, which has all other keys of a KL codec
+NETS = {"kl": KLConfig, "vq": VQConfig}
 
 # Settings of config.json that this codec has in one value only (the first; absent counts as it).
-FIXED = {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)}
+FIXED = {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,), "norm_type": ("group",)}
+
+
+def _middle_rows(config: dict, prefix: str) -> list[Row]:
+    """What lies between the encoder and the decoder, in every layout."""
+    codes = [Row("codes.weight", prefix + CODES)] if config["net"]["kind"] == "vq" else []
+    return [*layer("quant_conv", f"{prefix}quant_conv"), *layer("post_quant_conv", f"{prefix}post_quant_conv"), *codes]
 
 
 def _diffusers_table(config: dict, *, names: tuple[str, ...] = NEW_ATTENTION) -> list[Row]:
-    rows = [*layer("quant_conv", "quant_conv"), *layer("post_quant_conv", "post_quant_conv")]
+    rows = _middle_rows(config, "")
     for side, stage, way in (("encoder", "down_blocks", "downsamplers"), ("decoder", "up_blocks", "upsamplers")):
         middle = f"{side}.mid_block.attentions.0"
         rows += [
@@ -42,8 +51,8 @@ def _diffusers_table(config: dict, *, names: tuple[str, ...] = NEW_ATTENTION) ->
 def _original_table(config: dict, *, prefix: str) -> list[Row]:
     """The decoder's levels are numbered from the largest resolution, ours in the order in which they run."""
     net = config["net"]
-    count = len(net["channels"]) if net["kind"] == "kl" else 4
-    rows = [*layer("quant_conv", f"{prefix}quant_conv"), *layer("post_quant_conv", f"{prefix}post_quant_conv")]
+    count = len(net["channels"]) if net["kind"] in NETS else 4
+    rows = _middle_rows(config, prefix)
     for side, level, way in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
         theirs, attention = f"{prefix}{side}", f"{prefix}{side}.mid.attn_1"
         for i in range(count):
@@ -66,7 +75,7 @@ def _diffusers_matches(shapes: Shapes, foreign: dict | None, *, old: bool) -> bo
     return (len(shapes.get("encoder.down_blocks.0.resnets.0.conv1.weight", ())) == 4
             and {"encoder.mid_block.resnets.0.conv1.weight",
                  "decoder.up_blocks.0.resnets.0.conv1.weight"} <= set(shapes)
-            and not any(key.startswith("quantize.") for key in shapes) and (attention in shapes) == old)
+            and (attention in shapes) == old)
 
 
 def _diffusers_config(shapes: Shapes, foreign: dict | None) -> dict:
@@ -85,12 +94,20 @@ def _diffusers_config(shapes: Shapes, foreign: dict | None) -> dict:
     widths, size = foreign.get("block_out_channels", [64]), foreign.get("sample_size", 32)
     return TRAINED | {"net": {
         "kind": "kl", "in_channels": foreign.get("in_channels", 3), "out_channels": foreign.get("out_channels", 3),
-        "latent_channels": foreign.get("latent_channels", 4), "channels": widths,
+        "latent_channels": foreign.get("latent_channels", 3 if CODES in shapes else 4), "channels": widths,
         "blocks": foreign.get("layers_per_block", 1), "groups": foreign.get("norm_num_groups", GROUPS),
         "mid_attention": foreign.get("mid_block_add_attention", True), "quant_conv": quant,
         "scale": foreign.get("scaling_factor", 0.18215), "shift": foreign.get("shift_factor") or 0.0,
         "size": _whole(size if isinstance(size, int) else 512, len(widths)),
-    }}
+    } | _codebook(shapes, "")}
+
+
+def _codebook(shapes: Shapes, prefix: str) -> dict:
+    """The settings of a VQ codec alone; its latents are scaled by whoever learns them."""
+    if prefix + CODES not in shapes:
+        return {}
+    bins, dim = shapes[prefix + CODES]
+    return {"kind": "vq", "bins": bins, "dim": dim, "quant_conv": True, "shift": 0.0}
 
 
 def _whole(size: int, levels: int) -> int:
@@ -103,8 +120,7 @@ def _original_matches(shapes: Shapes, foreign: dict | None, *, prefix: str) -> b
     needed = {f"{prefix}{key}.weight" for key in
               ("encoder.mid.block_1.norm1", "decoder.mid.block_1.norm1", "decoder.up.0.block.0.conv1",
                "decoder.conv_in")}
-    return (needed <= set(shapes) and len(shapes.get(f"{prefix}encoder.down.0.block.0.conv1.weight", ())) == 4
-            and not any(key.startswith(f"{prefix}quantize.") for key in shapes))
+    return needed <= set(shapes) and len(shapes.get(f"{prefix}encoder.down.0.block.0.conv1.weight", ())) == 4
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
@@ -117,6 +133,9 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 def _original_config(shapes: Shapes, foreign: dict | None, *, prefix: str) -> dict:
     levels = _count(shapes, f"{prefix}encoder.down.{{}}.block.0.conv1.weight")
+    if inner := next((key for key in shapes if key.startswith(f"{prefix}encoder.down.") and ".attn." in key), None):
+        raise ModelError(f"{inner}: this codec has attention in its middle only",
+                         hint="of the public VQ codecs those of factor 4 are so")
     quant = f"{prefix}quant_conv.weight" in shapes
     # Without quant convolutions it is SD3's codec when it lies in a whole file, and FLUX's when it is alone.
     usual = KLConfig.preset("sd-f8" if quant else "sd3" if prefix else "flux")
@@ -127,15 +146,16 @@ def _original_config(shapes: Shapes, foreign: dict | None, *, prefix: str) -> di
         "channels": [shapes[f"{prefix}encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
         "blocks": _count(shapes, f"{prefix}encoder.down.0.block.{{}}.conv1.weight"),
         "groups": GROUPS, "mid_attention": f"{prefix}encoder.mid.attn_1.norm.weight" in shapes, "quant_conv": quant,
-        "scale": usual.scale, "shift": usual.shift, "size": _whole(usual.size, levels),
-    }}
+        "scale": 1.0 if prefix + CODES in shapes else usual.scale, "shift": usual.shift,
+        "size": _whole(usual.size, levels),
+    } | _codebook(shapes, prefix)}
 
 
 def _sayable(config: dict) -> KLConfig:
     """The codec's network, or ModelError when no public layout can hold it."""
-    if config["net"]["kind"] != "kl":
-        raise ModelError(f"public layouts hold the KL picture codec only, not a network '{config['net']['kind']}'")
-    net = KLConfig.parse(config["net"])
+    if config["net"]["kind"] not in NETS:
+        raise ModelError(f"public layouts hold picture codecs only, not a network '{config['net']['kind']}'")
+    net = NETS[config["net"]["kind"]].parse(config["net"])
     if net.patch != 1:
         raise ModelError(f"public layouts have no folding of pixels, this codec has patch {net.patch}",
                          hint="only a codec with patch 1 can be written")
@@ -160,15 +180,20 @@ def _diffusers_constants(config: dict) -> dict[str, Tensor]:
 def _foreign_config(config: dict) -> dict:
     net = _sayable(config)
     levels = len(net.channels)
-    return {
-        "_class_name": "AutoencoderKL", "_diffusers_version": "0.42.1", "sample_size": net.size,
+    shared = {
+        "_diffusers_version": "0.42.1", "sample_size": net.size,
         "in_channels": net.in_channels, "out_channels": net.out_channels, "latent_channels": net.latent_channels,
         "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
         "block_out_channels": list(net.channels), "layers_per_block": net.blocks, "act_fn": "silu",
-        "norm_num_groups": net.groups, "scaling_factor": net.scale, "shift_factor": net.shift or None,
-        "use_quant_conv": net.quant_conv, "use_post_quant_conv": net.quant_conv,
-        "mid_block_add_attention": net.mid_attention, "force_upcast": True,
+        "norm_num_groups": net.groups, "scaling_factor": net.scale, "mid_block_add_attention": net.mid_attention,
     }
+    if isinstance(net, VQConfig):
+        if net.shift:
+            raise ModelError(f"diffusers' VQModel does not shift its latents, this codec does by {net.shift}")
+        return shared | {"_class_name": "VQModel", "num_vq_embeddings": net.bins, "vq_embed_dim": net.dim,
+                         "norm_type": "group", "lookup_from_codebook": False, "force_upcast": False}
+    return shared | {"_class_name": "AutoencoderKL", "shift_factor": net.shift or None, "force_upcast": True,
+                     "use_quant_conv": net.quant_conv, "use_post_quant_conv": net.quant_conv}
 
 
 def _diffusers(name: str, names: tuple[str, ...], old: bool) -> Layout:
@@ -187,6 +212,6 @@ def _original(name: str, prefix: str, drop: tuple[str, ...]) -> Layout:
 LAYOUTS: tuple[Layout, ...] = (
     _diffusers("diffusers", NEW_ATTENTION, old=False),
     _diffusers("diffusers-2022", OLD_ATTENTION, old=True),
-    _original("original", "", ("loss.*", "model_ema.*")),
-    _original("original-sd", PREFIX, ("[!f]*", f"{PREFIX}loss.*")),
+    _original("original", "", ("loss.*", "model_ema.*", "quantize.used")),
+    _original("original-sd", PREFIX, ("[!f]*", f"{PREFIX}loss.*", f"{PREFIX}quantize.used")),
 )

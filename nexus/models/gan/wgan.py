@@ -47,5 +47,5 @@ class WGANConfig(AdversarialConfig):
         "dcgan-gp": recipes["gp"],
         "emoji": recipes["gp"] | {"steps": 10_000, "batch_size": 32, "lr": 2e-4, "schedule": "linear",
                                   "final_lr": 0.05, "ema": 0.998, "flip": 0.5, "save_every": 250,
-                                  "cache_latents": True, "shift": 2, "variants": 2},
+                                  "cache_latents": True, "shift": 2, "variants": 4},
     }

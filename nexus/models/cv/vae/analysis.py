@@ -1,7 +1,7 @@
-"""What a trained VAE knows: its bound, its likelihood, its latent directions."""
+"""What a trained autoencoder knows: its bound, its likelihood, its latent directions, what it rebuilds."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from nexus.errors import InputError
 from nexus.losses.kl import kl_standard, log_likelihood, log_normal, sample_gaussian
 from nexus.models.cv.vae.vae import VAE
+from nexus.models.cv.vae.vq import VQ
 
 
 @torch.no_grad()
@@ -53,6 +54,25 @@ def traverse(system: VAE, image: Tensor, dim: int, values: Iterable[float]) -> T
 
 
 @torch.inference_mode()
-def rebuild(system: VAE, x: Tensor) -> Tensor:
-    """x [B, C, S, S] -> the posterior means' pictures, in [-1, 1]."""
-    return system.picture(system.rebuild(x, None)[0]).clamp(-1, 1)
+def rebuild(system: VAE | VQ, x: Tensor) -> Tensor:
+    """x [B, C, S, S] -> the pictures of the posterior's means, or of the nearest rows of a codebook, in [-1, 1]."""
+    return system.rebuilt(x).clamp(-1, 1)
+
+
+@torch.inference_mode()
+def codes(system: VAE | VQ, x: Tensor) -> Tensor | None:
+    """x [B, C, S, S] -> the posterior's means [B, L], or None where latents are maps, whose places are no factors."""
+    return system.net.encode(x)[0].float() if len(system.config.net.latent_shape) == 1 else None
+
+
+def bounds(system: VAE | VQ) -> dict[str, Callable[[Tensor, torch.Generator], Tensor]]:
+    """Name -> f(x, rng), an upper bound on -log p(x) of each picture in nats; a VQ codec has none.
+
+    iwae is for flat latents only: a map of thousands needs too many importance samples.
+    """
+    if isinstance(system, VQ):
+        return {}
+    found = {"elbo": lambda x, rng: -elbo(system, x, rng)}
+    if len(system.config.net.latent_shape) == 1:
+        found["iwae"] = lambda x, rng: iwae_nll(system, x, rng)
+    return found

@@ -1,5 +1,8 @@
 """The adversarial part of a codec's training: a PatchGAN that sees pictures and rebuilt ones. Esser et al. 2021."""
 
+from collections.abc import Callable
+
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -41,7 +44,12 @@ def deceive(critic: PatchCritic, config: CriticConfig, shown: Tensor, x: Tensor,
     return total, {"deceive": generator.detach(), "features": matching.detach()}
 
 
-def judge(critic: PatchCritic, shown: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """The critic's loss on pictures x and rebuilt ones, and its mean scores of both."""
-    real, fake = critic(x), critic(shown.detach())
+def judge(critic: PatchCritic, config: CriticConfig, step: int, x: Tensor,
+          rebuilt: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """The critic's loss on pictures x and rebuilt ones, and its mean scores; a constant before it begins to learn."""
+    if step < config.start - config.lead:
+        return {"loss": 0.0 * critic.last.bias.sum()}
+    with torch.no_grad():
+        shown = rebuilt()
+    real, fake = critic(x), critic(shown)
     return {"loss": LOSSES["hinge"].critic(real, fake), "real": real.mean().detach(), "fake": fake.mean().detach()}

@@ -1,4 +1,4 @@
-"""Variational autoencoders: VAE, beta-VAE and the KL picture codec of latent diffusion, as one system."""
+"""Variational autoencoders: VAE, beta-VAE and the picture codecs of latent diffusion (KL and VQ), as one system."""
 
 import math
 from collections.abc import Callable
@@ -9,17 +9,16 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from nexus.codecs.kl_image import KLConfig
+from nexus.codecs.vq_image import VQConfig
 from nexus.config import Config
-from nexus.errors import InputError
-from nexus.images import fitted, read_image
-from nexus.losses.kl import free_bits, kl_standard, log_likelihood, ramp, sample_gaussian
-from nexus.losses.perceptual import edge_distance
+from nexus.losses.kl import kl_standard, log_likelihood, sample_gaussian
 from nexus.media import Media
 from nexus.models.cv.vae.critic import CriticConfig, deceive, judge
 from nexus.models.cv.vae.flat import ConvVAEConfig, MLPVAEConfig
-from nexus.naming import flag_of
+from nexus.models.cv.vae.parts import extra_terms, psnr, rate_cost, read_picture, refuse_steering
+from nexus.models.cv.vae.vq import VQ
 from nexus.phase import Phase
-from nexus.requests import ONE_STEP, SampleRequest, refuse
+from nexus.requests import SampleRequest
 from nexus.rng import ItemNoise
 
 _CODEC = {"likelihood": "laplace", "beta": 1e-6, "per_value": True, "edge_weight": 0.5}
@@ -38,10 +37,11 @@ class VAEConfig(Config):
     capacity: nats; when set, the cost is beta * |KL - C|, C rising from 0 to it over capacity_steps (Burgess 2018).
     l1_weight, l2_weight, edge_weight: further reconstruction terms, each a mean over values times their number.
     per_value: the loss is divided by the number of values in a picture, so a gradient clip means the same at any size.
-    critic: a PatchGAN that a KL codec is trained against as well (Rombach et al. 2022); None = none.
+    critic: a PatchGAN that a picture codec is trained against as well (Rombach et al. 2022); None = none.
     latent_noise: most standard deviation of noise that is added to latents, drawn for each picture from 0 up: a decoder
     that knows it mends what a generator of latents gets a little wrong (Zheng et al. 2025, arXiv:2510.11690).
     decoder_only: a KL codec's encoder stays as it is, and with it all latents that others have learnt to make.
+    commitment: of a VQ codec, whose codebook follows at weight 1 (van den Oord et al. 2017, eq. 3); it has no KL.
     iwae_k: importance samples when the likelihood is estimated (Burda et al. 2016).
     """
 
@@ -51,9 +51,13 @@ class VAEConfig(Config):
         "tiny-codec": _CODEC | {"net": KLConfig.presets["tiny"] | {"kind": "kl"}, "critic": {"width": 4}},
         "tiny-decoder": _CODEC | {"net": KLConfig.presets["tiny"] | {"kind": "kl"}, "critic": {"width": 4, "start": 0},
                                   "decoder_only": True, "latent_noise": 0.4},
+        "tiny-vq": _CODEC | {"net": VQConfig.presets["tiny-vq"] | {"kind": "vq"}, "critic": {"width": 4}},
         "picture-codec": _PICTURE_CODEC | {"critic": {"weight": 0.1, "feature_weight": 0.05, "start": 3000}},
         "picture-codec-decoder": _PICTURE_CODEC | {"critic": {"weight": 0.1, "feature_weight": 0.05, "start": 0},
                                                    "decoder_only": True, "latent_noise": 0.5},
+        "picture-vq": _CODEC | {"net": VQConfig.presets["picture-vq"] | {"kind": "vq"},
+                                "critic": {"weight": 0.1, "feature_weight": 0.05, "start": 3000}},
+        "vq-f4": _CODEC | {"net": VQConfig.presets["vq-f4"] | {"kind": "vq"}, "critic": {}},
         "mlp-500": {"net": {"kind": "mlp"}, "likelihood": "bernoulli"},
         "beta-vae": {"net": {"kind": "conv", "size": 28, "widths": (32, 64)}, "likelihood": "bernoulli", "beta": 4.0},
         "beta-vae-capacity": {"net": {"kind": "conv", "size": 28, "widths": (32, 64)}, "likelihood": "bernoulli",
@@ -69,11 +73,13 @@ class VAEConfig(Config):
         "tiny": {"steps": 20, "batch_size": 4},
         "tiny-codec": {"steps": 20, "batch_size": 4},
         "tiny-decoder": {"steps": 20, "batch_size": 4},
+        "tiny-vq": {"steps": 20, "batch_size": 4},
         "picture-codec": _PICTURE_CODEC_RECIPE,
         "picture-codec-decoder": _PICTURE_CODEC_RECIPE | {"lr": 4e-4},
+        "picture-vq": _PICTURE_CODEC_RECIPE,
         "beta-vae": {"steps": 4000, "batch_size": 64, "lr": 1e-3, "schedule": "cosine", "ema": 0.995},
     }
-    net: Annotated[KLConfig | ConvVAEConfig | MLPVAEConfig, Field(discriminator="kind")] = MLPVAEConfig()
+    net: Annotated[KLConfig | VQConfig | ConvVAEConfig | MLPVAEConfig, Field(discriminator="kind")] = MLPVAEConfig()
     likelihood: Literal["gaussian", "bernoulli", "laplace"] = "bernoulli"
     spread: float = Field(1.0, gt=0)
     beta: float = Field(1.0, ge=0)
@@ -88,14 +94,17 @@ class VAEConfig(Config):
     critic: CriticConfig | None = None
     latent_noise: float = Field(0.0, ge=0)
     decoder_only: bool = False
+    commitment: float = Field(0.25, ge=0)
     iwae_k: int = Field(50, ge=1)
 
     @model_validator(mode="after")
     def _critic_fits(self) -> Self:
         if self.critic and not isinstance(self.net, KLConfig):
-            raise ValueError("critic: only a KL codec (net.kind=kl) is trained against one")
-        if self.decoder_only and not isinstance(self.net, KLConfig):
-            raise ValueError("decoder_only: only a KL codec (net.kind=kl) has latents that others use")
+            raise ValueError("critic: only a picture codec (net.kind=kl or vq) is trained against one")
+        if (self.decoder_only or self.latent_noise) and self.net.kind != "kl":
+            raise ValueError("decoder_only and latent_noise: only a KL codec (net.kind=kl) is trained so")
+        if self.net.kind == "vq" and self.likelihood == "bernoulli":
+            raise ValueError("likelihood: the pixels of a VQ codec are gaussian or laplace")
         return self
 
     @property
@@ -117,8 +126,8 @@ class VAEConfig(Config):
         """This system for pictures of facts.size pixels and facts.channels colours."""
         return self.model_copy(update={"net": self.net.fitted(facts.size, facts.channels)})
 
-    def build(self) -> "VAE":
-        return VAE(self)
+    def build(self) -> "VAE | VQ":
+        return VQ(self) if self.net.kind == "vq" else VAE(self)
 
 
 class VAE(nn.Module):
@@ -146,7 +155,7 @@ class VAE(nn.Module):
         kl = kl_standard(mean, logvar)
         shown = self.picture(output)
         values = math.prod(x.shape[1:])
-        rebuilding = distortion + values * self._extra(shown, x)
+        rebuilding = distortion + values * extra_terms(c, shown, x)
         loss = rebuilding + rate_cost(c, kl, step)
         logged = {"distortion": distortion, "rate": kl.flatten(1).sum(1).mean(), "psnr": psnr(shown, x)}
         if self.critic is not None and step >= c.critic.start:
@@ -157,11 +166,8 @@ class VAE(nn.Module):
 
     def critic_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """How badly the critic tells pictures from rebuilt ones; a constant while it does not learn yet."""
-        if step < self.config.critic.start - self.config.critic.lead:
-            return {"loss": 0.0 * self.critic.last.bias.sum()}
-        with torch.no_grad():
-            shown = self.picture(self.rebuild(batch["image"], rng)[0])
-        return judge(self.critic, shown, batch["image"])
+        return judge(self.critic, self.config.critic, step, batch["image"],
+                     lambda: self.picture(self.rebuild(batch["image"], rng)[0]))
 
     def rebuild(self, x: Tensor, rng: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         """x -> (decoder output, mean, log variance); with rng None the posterior's mean is decoded."""
@@ -174,15 +180,13 @@ class VAE(nn.Module):
             z = z + most.to(z) * _noise(z, rng)
         return self.net.decode_raw(z.to(x.dtype)).float(), mean, logvar
 
+    def rebuilt(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> the pictures of the posterior's means, in [-1, 1] but for overshoot."""
+        return self.picture(self.rebuild(x, None)[0])
+
     def picture(self, output: Tensor) -> Tensor:
         """What the decoder says -> the expected picture, in [-1, 1] but for overshoot."""
         return 2 * output.sigmoid() - 1 if self.config.likelihood == "bernoulli" else output
-
-    def _extra(self, shown: Tensor, x: Tensor) -> Tensor | float:
-        c = self.config
-        terms = ((c.l1_weight, lambda: (shown - x).abs().mean()), (c.l2_weight, lambda: (shown - x).square().mean()),
-                 (c.edge_weight, lambda: edge_distance(shown, x)))
-        return sum(weight * term() for weight, term in terms if weight)
 
     @torch.inference_mode()
     def generate(self, request: SampleRequest, *, seeds: list[int],
@@ -205,39 +209,6 @@ class VAE(nn.Module):
         if watch is not None:
             watch(0, 1, shown, lambda x: x)
         return Media("image", shown)
-
-
-def refuse_steering(request: SampleRequest, side: int) -> None:
-    """InputError or UsageError for what steers other models and would be ignored here; side: of its pictures, px."""
-    for name in ("prompt", "negative_prompt"):
-        if getattr(request, name) is not None:
-            raise InputError(f"this model is unconditional: it takes no {name.replace('_', ' ')}",
-                             hint=f"leave {flag_of(name)} out")
-    if request.mask is not None:
-        raise InputError("this model rebuilds whole pictures: it takes no mask", hint="leave --mask out")
-    refuse(request, ("image", "width", "height"), ONE_STEP)
-    others = SampleRequest.model_fields.keys() - {"width", "height"}
-    refuse(request, others, f"this model makes {side}x{side} pixels only")
-
-
-def rate_cost(config: VAEConfig, kl: Tensor, step: int) -> Tensor:
-    """What the KL [B, ...] of every latent costs at `step`, in nats: beta, its warm-up, free bits and capacity."""
-    rate = free_bits(kl, config.free_bits)
-    if config.capacity is not None:
-        rate = (rate - ramp(step, config.capacity_steps, config.capacity)).abs()
-    return ramp(step, config.kl_warmup_steps, config.beta) * rate
-
-
-def psnr(shown: Tensor, x: Tensor) -> Tensor:
-    """Peak signal to noise ratio of pictures [B, C, H, W] in [-1, 1], in dB, averaged over the batch."""
-    error = (shown.clamp(-1, 1) - x).square().flatten(1).mean(1).clamp_min(1e-10)
-    return (10 * torch.log10(4.0 / error)).mean()
-
-
-def read_picture(path: str, size: int, channels: int) -> Tensor:
-    """A picture file -> [1, channels, size, size] in [-1, 1]: its middle square. InputError when it cannot be read."""
-    array = fitted(read_image(path, mode="L" if channels == 1 else "RGB"), size, size)
-    return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def _noise(like: Tensor, rng: torch.Generator) -> Tensor:
