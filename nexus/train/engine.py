@@ -181,7 +181,7 @@ def _left_out(state: TrainState, run: Path, world: World, hooks: Hooks) -> None:
     skip = state.skip | {bad}
     hooks.report(f"step {bad + 1} is not finite and is left out")
     if state.args.on_nan == "rollback" and runs.checkpoints(run):
-        restore(state, run, runs.checkpoints(run)[-1])
+        restore(state, run, runs.checkpoints(run)[-1], world.rank)
         if world.is_main:
             runs.truncate_metrics(run, state.step)
     state.skip = state.skip | skip

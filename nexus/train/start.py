@@ -215,7 +215,7 @@ def _resume(state: TrainState, run: Path, world, report) -> int:
     if world.size > 1:
         step = _shared(step)
     if step:
-        restore(state, run, step)
+        restore(state, run, step, world.rank)
         report(f"resumed from step {step}")
     if world.is_main:
         runs.truncate_metrics(run, step)

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from nexus.atomic import write_bytes
 from nexus.checkpoint import fill, own_state, read_tensors, released_state, save_model, tensor_bytes
 from nexus.errors import ModelError
+from nexus.nn.ranks import of_other_ranks
 from nexus.phase import Phase
 from nexus.train.args import TrainArgs
 from nexus.train.ema import EMA, profiles, snapshot_file
@@ -60,6 +61,7 @@ def save(state: TrainState, run: Path, facts: dict, *, write: bool) -> None:
     average = {n: whole(t) for n, t in state.ema.average.items()} if state.ema else None
     optim = {key: {n: whole(t) for n, t in optimizer_tensors(o, names).items()} for key, o in state.optimizers.items()}
     kept = {k: {n: whole(t) for n, t in p.average.items()} for k, p in state.profiles.items()}
+    others = of_other_ranks(_buffers(state.system))
     if not write:
         return
     extra = {f"train/{phase}.{kind}.safetensors": tensor_bytes(t) for (phase, kind), t in optim.items()}
@@ -67,6 +69,7 @@ def save(state: TrainState, run: Path, facts: dict, *, write: bool) -> None:
     if average is not None:
         extra["ema.safetensors"] = tensor_bytes(average)
     extra |= {f"train/profile-{key}.safetensors": tensor_bytes(t) for key, t in kept.items()}
+    extra |= {f"train/rank-{rank}.safetensors": tensor_bytes(t) for rank, t in others.items()}
     if adapter := getattr(state.system, "adapter", None):
         extra["adapter.safetensors"] = adapter.file(average or model)
     if state.step % state.args.save_every == 0 or state.step == state.args.steps:   # a run that was stopped keeps no
@@ -83,10 +86,20 @@ def _snapshots(kept: dict[str, dict[str, Tensor]], run: Path, step: int) -> None
         write_bytes(file, tensor_bytes(tensors), exists="overwrite")
 
 
-def restore(state: TrainState, run: Path, step: int) -> None:
-    """Fill the state from the (verified) checkpoint of `step`."""
+def _buffers(system: nn.Module) -> dict[str, Tensor]:
+    """What layers of the system's own keep besides weights: running statistics, codebooks, pools of pictures."""
+    own = own_state(system)
+    return {name: own[name] for name, _ in system.named_buffers() if name in own}
+
+
+def restore(state: TrainState, run: Path, step: int, rank: int = 0) -> None:
+    """Fill the state from the (verified) checkpoint of `step`; a rank that was not there takes the first one's."""
     folder = step_folder(run, step)
     _fill(state.system, read_tensors(folder / "model.safetensors"), folder)
+    if (folder / f"train/rank-{rank}.safetensors").exists():
+        buffers = _buffers(state.system)
+        for name, value in read_tensors(folder / f"train/rank-{rank}.safetensors").items():
+            buffers[name].copy_(value)
     if state.ema is not None:
         _restore_average(state.ema, folder / "ema.safetensors")
     for key, profile in state.profiles.items():
