@@ -14,6 +14,7 @@ FILE_LIMIT = 64 * 2**20
 LINE_LIMIT = 2**20
 PATH_KEYS = ("image", "mask", "initial_noise", "control_image", "melody", "continued")
 FILE_LISTS = ("lora", "embedding")              # each entry a file, with a weight or a word after a colon
+LISTS = (*FILE_LISTS, "apg", "perturb_layers")  # in a cell of a table their entries are separated by commas
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 OWN_KEYS = ("seed", "num", "id", "output")
 
@@ -151,6 +152,8 @@ def _checked(value: dict, base: Path) -> tuple[dict, dict]:
             raise InputError(f"{key}: true and false are not settings of an item")
     if isinstance(settings.get("guidance_interval"), str):
         settings["guidance_interval"] = settings["guidance_interval"].replace("-", ",").split(",")
+    settings |= {key: [entry.strip() for entry in settings[key].split(",")] for key in LISTS
+                 if isinstance(settings.get(key), str)}
     for key in ("prompt", "negative_prompt"):
         if isinstance(settings.get(key), str):
             settings[key] = clean_text(settings[key])

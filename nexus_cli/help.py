@@ -32,7 +32,8 @@ BATCH = """\
 A batch file has one item a line: JSON objects (.jsonl), a table with a header (.csv, .tsv), or prompts (.txt).
 Keys: prompt negative_prompt steps guidance guidance_rescale guidance_interval sampler schedule eta width height
 image strength mask initial_noise, of music duration temperature top_k top_p melody continue, and seed num id
-output. Flags are the defaults, the row wins.
+output; and every other flag of a setting, with _ for -. Flags are the defaults, the row wins.
+In a table's cell the entries of a list (lora, embedding, apg, perturb_layers) are separated by commas.
 Paths are relative to the batch file; `output` is relative to the output folder and cannot leave it.
 The same command again makes only what is missing (manifest.jsonl in the output folder)."""
 

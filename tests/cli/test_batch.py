@@ -200,3 +200,15 @@ def test_a_table_that_cannot_be_read_on_says_that_its_rest_is_lost(tmp_path):
     good, bad = read_rows(str(tmp_path / "b.csv"))
     assert good.settings == {"prompt": "a", "steps": 1} and "b.csv:3: not a table row" in str(bad.error)
     assert "the lines after it were not read" in str(bad.error)
+
+
+def test_lists_in_the_cells_of_a_table(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    path = tmp_path / "b.csv"
+    path.write_text('prompt,guidance_kind,apg,perturb_layers,lora,guidance_interval\n'
+                    'x,apg,"0, 15, -0.5",,,\ny,slg,,"2,3","a.safetensors:0.5,b.safetensors",0.1-0.8\nz,apg,"0,15",,,\n')
+    one, two, bad = read_rows(str(path))
+    assert one.settings["apg"] == [0, 15, -0.5] and two.settings["perturb_layers"] == [2, 3]
+    assert two.settings["lora"] == [str(tmp_path / "a.safetensors:0.5"), str(tmp_path / "b.safetensors")]
+    assert two.settings["guidance_interval"] == [0.1, 0.8] and "apg" in str(bad.error)
