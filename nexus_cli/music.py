@@ -46,7 +46,7 @@ def music(
                                              show_default=False,
                                              help="How long, with what it goes on with: 10, 90s, 2m.")] = None,
     melody: Annotated[str | None, option("--melody", metavar="FILE", panel=WHAT, show_default=False,
-                                         help="Follow the melody of this sound; - is stdin.")] = None,
+                                         help="Follow its melody, or with a style model its style.")] = None,
     continued: Annotated[str | None, option("--continue", metavar="FILE", panel=WHAT, show_default=False,
                                             help="Go on with this sound; - is stdin.")] = None,
     num: options.Num = 1,

@@ -1,7 +1,8 @@
 """Put what was measured of the embedded checkpoints into their pages: `python scripts/results.py [NAME...]`.
 
 `nexus eval NAME -o scripts/measured/NAME.json` measures; this writes the table, and a picture of what the checkpoint
-makes, between the marks `<!-- zoo results: NAME -->` and `<!-- end -->` of a page.
+makes, between the marks `<!-- zoo results: NAME -->` and `<!-- end -->` of a page. With `--split concept` and
+-o scripts/measured/NAME-concept.json it is measured on concepts that no training picture shows; a line says how well.
 """
 
 import json
@@ -38,6 +39,19 @@ def rows(name: str) -> list[str]:
     shown = [f"{key} {facts[key]}" for key in ("data", "split", "made", "real", "clips", "steps", "guidance", "sampler",
                                                "seed") if facts.get(key) is not None]
     return [*lines, "", f"({', '.join(shown)}; the whole protocol stands in the card, `nexus/zoo/{name}/README.md`.)"]
+
+
+def new_concepts(name: str) -> list[str]:
+    """How well captions of wholly held-out concepts are followed; [] where that is not measured."""
+    file = MEASURED / f"{name}-concept.json"
+    if not file.exists():
+        return []
+    found = json.loads(file.read_text(encoding="utf-8"))
+    made, other, real = (found["numbers"][key]["value"] for key in
+                         ("caption top-5", "caption top-5, captions shuffled", "real caption top-5"))
+    return ["", f"On {found['protocol']['made']} pictures of concepts that no training picture shows "
+                f"(`--split concept`): caption top-5 {made:.4g}, for shuffled captions {other:.4g} ({made / other:.0f} "
+                f"times), real pictures {real:.4g}; KID {found['numbers']['kid']['value']:.4g}."]
 
 
 def few_steps(name: str) -> list[str]:
@@ -79,7 +93,8 @@ def block(name: str) -> str:
     file = picture(name)
     shown = [f"![What {name} makes](pictures/{file.name})", ""] if file else []
     measured = rows(name) if (MEASURED / f"{name}.json").exists() else ["Not measured yet."]
-    return "\n".join([f"<!-- zoo results: {name} -->", "", *shown, *measured, *few_steps(name), "", "<!-- end -->"])
+    return "\n".join([f"<!-- zoo results: {name} -->", "", *shown, *measured, *new_concepts(name), *few_steps(name), "",
+                      "<!-- end -->"])
 
 
 def renewed(found: re.Match, names: list[str]) -> str:

@@ -1,5 +1,6 @@
 """`nexus convert`: public checkpoints to Nexus models and back. Every key is used exactly once, or named."""
 
+import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -140,7 +141,7 @@ def _import(src: Path, stack: ExitStack, folder: Path | None, check: bool, overr
 def settle(found: Found, overrides: Sequence[str]) -> tuple[Config, dict[str, object]]:
     """The native configuration, and which settings of it were assumed."""
     layout, source = found.layout, found.source
-    data, assumed = layout.config(source.shapes, source.config), {}
+    data, assumed = copy.deepcopy(layout.config(source.shapes, source.config)), {}      # it may share a layout's own
     given = {name.strip(): value for name, _, value in (text.partition("=") for text in overrides)}
     unsaid = layout.unsaid(source.shapes, source.config)
     # Of settings that say the same in two ways (heads, or the width of one), the file's user gives either.

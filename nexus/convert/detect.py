@@ -73,7 +73,7 @@ def opened(path: Path, scratch: Path | None = None) -> Iterator[list[Source]]:
         if path.is_file():
             found = _read_file(path, Path(temporary))
             yield [Source(path, found, _said(found))]
-        elif (path / "model_index.json").exists():
+        elif (path / "model_index.json").exists() and not (path / "config.json").exists():  # one of 2022 is all flat
             parts = [path / name for name in COMPONENTS if (path / name / "config.json").exists()]
             if not parts:
                 raise ModelError(f"{path} is a pipeline without any of {', '.join(COMPONENTS)}")

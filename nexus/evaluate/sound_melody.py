@@ -24,7 +24,8 @@ FEWEST = 2              # so that there is another melody
 
 def follows(system: nn.Module) -> bool:
     """Whether the system can be given a melody."""
-    return "melody" in system.takes and getattr(system.config.net, "chroma", 0) > 0
+    net = system.config.net
+    return "melody" in system.takes and getattr(net, "chroma", 0) > 0 and net.style is None
 
 
 def cosine(made: Tensor, given: Tensor) -> float:

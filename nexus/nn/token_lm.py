@@ -14,6 +14,7 @@ from nexus.nn.cache import KVCache
 from nexus.nn.decoder import Decoder, Source
 from nexus.nn.embed import sinusoid
 from nexus.nn.rows import linear
+from nexus.nn.style import StyleConfig
 
 SIZES = {"small": {}, "medium": {"dim": 1536, "depth": 48, "heads": 24},
          "large": {"dim": 2048, "depth": 48, "heads": 32}}
@@ -26,12 +27,16 @@ class TokenLMConfig(Config):
 
     delays: by how many steps each codebook comes late; () = one after the other. text: where text vectors of width
     context_dim go, into a second attention or in front of the music. chroma: bins of a melody, which goes in front of
-    the text; 0 = it takes none. padding: whether the second attention sees the zero vectors of padded text (audiocraft)
+    the text; 0 = it takes none. style: what hears the style of an excerpt, whose vectors of width `chroma` then go in
+    the melody's place. padding: whether the second attention sees the zero vectors of padded text (audiocraft)
     or not (transformers), which matters only where texts of several lengths meet in a batch.
     """
 
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"codebooks": 2, "bins": 16, "dim": 32, "depth": 2, "heads": 2, "context_dim": 16, **_MELODY},
+        "tiny-style": {"codebooks": 2, "bins": 16, "dim": 32, "depth": 2, "heads": 2, "context_dim": 16,
+                       "text": "prepend", "chroma": 16, "style": StyleConfig.presets["tiny"]},
+        "style": SIZES["medium"] | {"text": "prepend", "chroma": 512, "style": {}},
         "music": {"bins": 1024, "dim": 160, "depth": 8, "heads": 4, "context_dim": 128, **_MELODY},
     } | {f"{kind}{size}{end}": fields | more | (_STEREO if end else {})
          for size, fields in SIZES.items() for kind, more in (("", {}), ("melody-", _MELODY))
@@ -46,6 +51,7 @@ class TokenLMConfig(Config):
     text: Literal["cross", "prepend", "none"] = "cross"
     context_dim: int = Field(768, ge=1)
     chroma: int = Field(0, ge=0)
+    style: StyleConfig | None = None
     padding: Literal["seen", "hidden"] = "seen"
 
     @model_validator(mode="after")
@@ -54,6 +60,8 @@ class TokenLMConfig(Config):
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}, or odd")
         if self.delays and (len(self.delays) != self.codebooks or min(self.delays) != 0):
             raise ValueError(f"delays: one for each of {self.codebooks} codebooks, the smallest 0")
+        if self.style and self.chroma != self.style.dim:
+            raise ValueError(f"chroma {self.chroma}: vectors of a style have {self.style.dim} numbers")
         return self
 
     @property
@@ -86,6 +94,7 @@ class TokenLM(nn.Module):
         self.emb = nn.Embedding(c.codebooks * (c.bins + 1), c.dim)      # all codebooks below each other
         self.text = nn.Linear(c.context_dim, c.dim) if c.text != "none" else None
         self.melody = nn.Linear(c.chroma, c.dim) if c.chroma else None
+        self.style = c.style.build() if c.style else None
         self.decoder = Decoder(c.dim, c.depth, c.heads, int(c.dim * c.mlp_ratio), cross=c.text == "cross")
         self.heads = nn.Linear(c.dim, c.codebooks * c.bins, bias=False)
         for table in (self.emb.weight, self.heads.weight):

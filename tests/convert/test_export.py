@@ -92,6 +92,15 @@ def test_a_file_that_tells_less_loses_more(saved, tmp_path):
     assert convert(tmp_path / "x.safetensors", tmp_path / "y", check=True).assumed["size"] == 32
 
 
+def test_a_setting_that_one_file_was_told_is_not_the_next_ones(saved, tmp_path):
+    convert(saved("ddpm", preset("ddpm", steps=1000, net=OPENAI)), tmp_path / "x.safetensors", to="openai")
+    told = convert(tmp_path / "x.safetensors", tmp_path / "a",
+                   overrides=["net.heads=2", "path.beta_schedule=cosine"]).config
+    assert told["path"]["beta_schedule"] == "cosine"
+    assumed = convert(tmp_path / "x.safetensors", tmp_path / "b", check=True).assumed
+    assert assumed["path.beta_schedule"] == "linear"
+
+
 @pytest.mark.parametrize("name, value", [("groups", 8), ("eps", 1e-6), ("corner_pad", True), ("sin_first", True)])
 def test_a_network_that_its_readers_would_build_otherwise_is_refused(saved, tmp_path, name, value):
     model = saved("ddpm", preset("ddpm", net=OPENAI | {name: value}))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from nexus.errors import InputError, ModelError, UsageError
+from nexus.models.audio.followed import melody_in_window
 from nexus.models.audio.musicgen import MusicGenConfig
 from nexus.requests import SampleRequest
 from nexus.sounds import write_sound
@@ -70,7 +71,7 @@ def test_the_loss_is_the_mean_surprise_at_each_codes_step(system):
     found = ours.loss(given, rng(), 0)
     codes = ours.encode(given["audio"])
     frames, special = codes.shape[-1], config.net.bins
-    cond = ours._training_cond(given, codes, rng())
+    cond, _ = ours._training_cond(given, codes, rng())
     columns = [[special, special]] + [[None, None] for _ in range(frames)]
     each = [[], []]
     for b in range(3):
@@ -110,7 +111,7 @@ def test_conditions_are_dropped_as_often_as_asked():
     n = 4000
     codes = torch.zeros(n, 2, 4, dtype=torch.long)
     chroma = F.one_hot(torch.full((n, 3), 5), 12).float()
-    cond = system._training_cond({"codes": codes, "caption": ["flute"] * n, "chroma": chroma}, codes, rng())
+    cond, _ = system._training_cond({"codes": codes, "caption": ["flute"] * n, "chroma": chroma}, codes, rng())
     told, heard = cond["context_mask"].any(1), cond["melody"][:, 0, 5] == 1
     assert abs(told.float().mean() - 0.7) < 0.03 and abs(heard.float().mean() - 0.35) < 0.03
     assert not (heard & ~told).any()                        # without a text there is no melody either
@@ -226,14 +227,14 @@ def test_what_is_watched_can_be_heard(system):
 def test_a_melody_is_repeated_over_a_long_piece(system, files):
     melody = torch.randn(1, 300).cumsum(1) * 0.05
     whole = system.config.melody.frames(400)
-    short = system._followed(melody, 0, False)
+    short = melody_in_window(system, melody, 0, False, 1).vectors
     from nexus.codecs.chroma import chroma
     heard = chroma(melody, 1600, system.config.melody)
     assert short.shape[1] == whole and torch.equal(short[:, :heard.shape[1]], heard)
     assert torch.equal(short[:, heard.shape[1]:], heard[:, :whole - heard.shape[1]])
-    later = system._followed(melody, 350, True)
+    later = melody_in_window(system, melody, 350, True, 1).vectors
     assert torch.equal(later, chroma(torch.cat([melody, melody, melody], 1)[:, 350:750], 1600, system.config.melody))
-    assert torch.equal(later, system._followed(melody, 50, True))
+    assert torch.equal(later, melody_in_window(system, melody, 50, True, 1).vectors)
 
 
 def test_a_sound_is_gone_on_with(system, files):

@@ -6,6 +6,9 @@ stack q, k and v of either attention, transformers in keys of their own. Whole f
 
 import re
 
+import torch
+from torch import Tensor
+
 from nexus.codecs.encodec import EncodecConfig
 from nexus.convert.keymap import Row
 from nexus.convert.layout import Layout, Shapes
@@ -14,6 +17,8 @@ from nexus.nn.token_lm import TokenLMConfig
 
 HEADS = {1024: 16, 1536: 24, 2048: 32}              # of the published models, by width
 TEXT, MELODY = (f"condition_provider.conditioners.{name}.output_proj" for name in ("description", "self_wav"))
+STYLE = "condition_provider.conditioners.self_wav."         # of MusicGen-Style; a melody has nothing there to learn
+STYLE_HEADS = {256: 8, 512: 8, 1024: 16}                    # by width
 # Settings that this network has in one value only (the first; absent counts as it).
 FIXED = {"norm": ("layer_norm",), "norm_first": (True,), "bias_proj": (False,), "bias_ff": (False,),
          "bias_attn": (False,), "activation": ("gelu",), "causal": (True,), "past_context": (None,),
@@ -69,7 +74,29 @@ def _original_config(shapes: Shapes, foreign: dict | None) -> dict:
            "chroma": shapes.get(f"{MELODY}.weight", (0, 0))[1]}
     if net["text"] != "none":
         net["context_dim"] = shapes[f"{TEXT}.weight"][1]
+    if style := _style(shapes, (said.get("conditioners") or {}).get("self_wav") or {}):
+        return _system(net | {"style": style}) | {"melody": {}} | _guidance(said)
     return _system(net) | _guidance(said)
+
+
+def _style(shapes: Shapes, said: dict) -> dict | None:
+    """What hears the style of an excerpt; None where a melody is followed, or nothing."""
+    book = f"{STYLE}rvq.vq.layers.0._codebook.embed"
+    if book not in shapes:
+        return None
+    told, (bins, dim) = said.get("style") or {}, shapes[book]
+    frames = shapes.get(f"{STYLE}embed.weight")
+    heard = {"features": "frames", "width": frames[1]} if frames else {
+        "features": "tokens", "bins_in": shapes[f"{STYLE}embed.0.weight"][0],
+        "quantizers": _count(shapes, re.escape(STYLE) + r"embed\.\d+\.weight")}
+    names = {"eval_q": "books_used", "ds_factor": "every", "length": "excerpt"}
+    heard |= {ours: told[theirs] for theirs, ours in names.items() if isinstance(told.get(theirs), int | float)}
+    lengths = told.get("varying_lengths")
+    if isinstance(lengths, list) and len(lengths) == 2:
+        heard |= {"shortest": lengths[0], "longest": lengths[1]}
+    return heard | {"dim": dim, "bins": bins, "heads": STYLE_HEADS.get(dim, 8),
+                    "books": _count(shapes, re.escape(STYLE) + r"rvq\.vq\.layers\.\d+\._codebook\.embed"),
+                    "depth": _count(shapes, re.escape(STYLE) + r"transformer\.layers\.\d+\.norm1\.weight")}
 
 
 def _padded(late: list[int], books: int) -> list[int]:
@@ -93,6 +120,7 @@ def _original_table(config: dict) -> list[Row]:
     net = TokenLMConfig.parse(config["net"])
     mine, theirs = "decoder.layers.*.", "transformer.layers.*."
     return [
+        *(_style_rows(net) if net.style else ()),
         Row("emb.weight", tuple(f"emb.{k}.weight" for k in range(net.codebooks))),
         Row("heads.weight", tuple(f"linears.{k}.weight" for k in range(net.codebooks))),
         *_affine("decoder.norm", "out_norm"), *_affine("text", TEXT), *_affine("melody", MELODY),
@@ -104,6 +132,29 @@ def _original_table(config: dict) -> list[Row]:
         Row(f"{mine}fc1.weight", f"{theirs}linear1.weight"),
         Row(f"{mine}fc2.weight", f"{theirs}linear2.weight"),
     ]
+
+
+def _style_rows(net: TokenLMConfig) -> list[Row]:
+    mine, theirs = "style.layers.*.", f"{STYLE}transformer.layers.*."
+    books = [f"{STYLE}embed.{k}.weight" for k in range(net.style.quantizers)]
+    embed = _affine("style.embed", f"{STYLE}embed") if net.style.features == "frames" else \
+        [Row("style.embed.weight", tuple(books))]
+    names = {"qkv": "self_attn.in_proj_weight", "proj": "self_attn.out_proj.weight", "fc1": "linear1.weight",
+             "fc2": "linear2.weight"}
+    return [
+        *embed, *(row for name in ("norm1", "norm2") for row in _affine(f"{mine}{name}", f"{theirs}{name}")),
+        *(Row(f"{mine}{ours}.weight", theirs + there) for ours, there in names.items()),
+        *(Row(f"style.norm.{name}", f"{STYLE}batch_norm.{name}")
+          for name in ("running_mean", "running_var", "num_batches_tracked")),
+        *(Row(f"style.quantizer.books.*.{name}", f"{STYLE}rvq.vq.layers.*._codebook.{name}")
+          for name in ("embed", "cluster_size", "embed_avg")),
+    ]
+
+
+def _started(config: dict) -> dict[str, Tensor]:
+    """audiocraft says of every codebook of a style that it has been started."""
+    style = TokenLMConfig.parse(config["net"]).style
+    return {f"{STYLE}rvq.vq.layers.{i}._codebook.inited": torch.ones(1) for i in range(style.books if style else 0)}
 
 
 def _affine(native: str, foreign: str) -> list[Row]:
@@ -139,8 +190,10 @@ def _new_config(shapes: Shapes, foreign: dict | None) -> dict:
 
 
 def new_table(config: dict) -> list[Row]:
-    """The rows of transformers' language model with its projections."""
+    """The rows of transformers' language model with its projections; ModelError for a model that follows a style."""
     net = TokenLMConfig.parse(config["net"])
+    if net.style:
+        raise ModelError("transformers' MusicGen follows no style", hint="--to original, for its language model")
     mine, at = "decoder.layers.*.", "decoder.model.decoder."
     theirs = f"{at}layers.*."
     names = {"norm1": "self_attn_layer_norm", "norm2": "final_layer_norm", "norm_cross": "encoder_attn_layer_norm"}
@@ -189,7 +242,7 @@ def _length(config: dict) -> int:
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout("original", "musicgen", "net", _original_matches, _original_config, _original_table,
-           unsaid=_original_unsaid),
+           constants=_started, unsaid=_original_unsaid),
     Layout("transformers", "musicgen", "net", _new_matches, _new_config, new_table, new_config, "model.safetensors",
            drop=tuple(f"{part}.*" for part in PARTS), unsaid=lambda shapes, foreign: ("codec.weights",)),
 )

@@ -15,7 +15,7 @@ from nexus.convert.convert import settle
 from nexus.convert.detect import Found, Source, json_of, opened
 from nexus.convert.export import Target, as_json, weights
 from nexus.convert.layout import Layout
-from nexus.convert.layouts import consistency, dit, kl_image, lcm, mmdit, pixart, schedulers, unet_diffusers
+from nexus.convert.layouts import consistency, dit, kl_image, lcm, mmdit, pixart, schedulers, unet, unet_diffusers
 from nexus.convert.parts import (
     HOME,
     Whole,
@@ -39,7 +39,8 @@ class Kind(NamedTuple):
     """A pipeline class. folder, layout: of its network. recipe: of its text encoders, "" = it has none.
 
     settings(model_index.json, network) -> what the class adds to the system's configuration. side: of the latent, where
-    the network's config.json tells none. codec: whether it has one. beside: parts that are left alone.
+    the network's config.json tells none. codec: the folder of its codec, "" = it has none. beside: parts that are left
+    alone. older: a layout of the network that files of 2022 have.
     """
 
     system: str
@@ -49,8 +50,14 @@ class Kind(NamedTuple):
     recipe: str = ""
     settings: Callable[[dict, Config], dict] = lambda index, net: {}
     side: int | None = None
-    codec: bool = True
+    codec: str = "vae"
     beside: tuple[str, ...] = ()
+    older: Layout | None = None
+
+    def network(self, source: Source) -> Layout | None:
+        """The layout of the network's files; None: they are of another kind."""
+        return next((one for one in (self.layout, self.older) if one and one.matches(source.shapes, source.config)),
+                    None)
 
 
 def _unet_config(shapes, said: dict | None) -> dict:
@@ -84,6 +91,9 @@ UNET = Layout("diffusers", "sd", "net", lambda shapes, said: unet_diffusers.matc
               unet_diffusers.table, unet_diffusers.foreign_config)
 MMDIT = named(mmdit.LAYOUTS, "diffusers")
 PICTURES = ("feature_extractor", "image_encoder")
+PIXELS = Kind("ddpm", "unet", named(unet.LAYOUTS, "diffusers"), schedulers.DISCRETE, codec="",
+              settings=lambda index, net: {"steps": 1000 if index["_class_name"] == "DDPMPipeline" else 50},
+              older=named(unet.LAYOUTS, "diffusers-2022"))
 SD = Kind("sd", "unet", UNET, schedulers.DISCRETE, "sd", _diffused, beside=("safety_checker", *PICTURES))
 XL = SD._replace(recipe="sdxl", beside=PICTURES)
 KINDS = {f"{base}{way}Pipeline": kind for base, kind in (("StableDiffusion", SD), ("StableDiffusionXL", XL))
@@ -97,7 +107,8 @@ KINDS = {f"{base}{way}Pipeline": kind for base, kind in (("StableDiffusion", SD)
     "DiTPipeline": Kind("dit", "transformer", named(dit.LAYOUTS, "diffusers"), schedulers.DISCRETE,
                         settings=_labelled),
     "ConsistencyModelPipeline": Kind("consistency", "unet", named(consistency.LAYOUTS, "diffusers"),
-                                     schedulers.CONSISTENCY, codec=False),
+                                     schedulers.CONSISTENCY, codec=""),
+    "DDPMPipeline": PIXELS, "DDIMPipeline": PIXELS, "LDMPipeline": PIXELS._replace(codec="vqvae"),
 }
 
 
@@ -112,28 +123,36 @@ def read(src: Path, stack: ExitStack, scratch: Path | None, overrides: list[str]
     stack: keeps the copies of pickled weights alive.
     """
     index = json_of(src / MANIFEST)
-    kind, said = KINDS[index["_class_name"]], json_of(src / schedulers.FILE)
-    source, = stack.enter_context(opened(src / kind.folder, scratch))
-    if not kind.layout.matches(source.shapes, source.config):
+    kind, scheduler = KINDS[index["_class_name"]], _scheduler(src)
+    said = json_of(scheduler)
+    source, = stack.enter_context(opened(src / kind.folder if (src / kind.folder).is_dir() else src, scratch))
+    layout = kind.network(source)
+    if layout is None:
         raise ModelError(f"{src} holds no {index['_class_name']}: its {kind.folder} is of another kind")
-    config, assumed = settle(Found(kind.layout, source, ()), [text for text in overrides if text.startswith("net.")])
-    pieces, facts = [], {"pipeline": index["_class_name"]}
+    config, assumed = settle(Found(layout, source, ()), [text for text in overrides if text.startswith("net.")])
+    pieces, facts = [], {"pipeline": index["_class_name"], "net": layout.name}
     data, net = config.to_json(), config.net
     if kind.codec:
-        vae, = stack.enter_context(opened(src / "vae", scratch))
+        vae, = stack.enter_context(opened(src / kind.codec, scratch))
         codec = _codec(src, vae)
         picture = _picture(codec, vae, (source.config or {}).get("sample_size") or kind.side)
         net, facts["codec"] = fitted(net, picture), codec.name
         data["codec"] = {"net": picture.to_json()}
         pieces.append(Piece("codec", built(picture), codec, data["codec"], vae))
     data["net"] = net.to_json()
-    pieces.insert(0, Piece("net", built(net), kind.layout, {"net": data["net"]}, source))
+    pieces.insert(0, Piece("net", built(net), layout, {"net": data["net"]}, source))
     settings, notes = kind.scheduler.read(said)
     data = data | settings | _words(kind, data, kind.settings(index, net))
     files = _text_files(src, kind, stack, scratch)
-    files |= {f"{HOME}/{name}": src / name for name in (schedulers.FILE, MANIFEST)}
+    files |= {f"{HOME}/{schedulers.FILE}": scheduler, f"{HOME}/{MANIFEST}": src / MANIFEST}
     return Whole(kind.system, "diffusers", data, pieces, files, facts, assumed=assumed,
                  notes=(*_left_alone(kind, index), *notes))
+
+
+def _scheduler(src: Path) -> Path:
+    """Its file; the first pipelines had all of their files in one folder."""
+    nested = src / schedulers.FILE
+    return nested if nested.exists() or not (src / nested.name).exists() else src / nested.name
 
 
 def _words(kind: Kind, data: dict, settings: dict) -> dict:
@@ -154,7 +173,8 @@ def _codec(src: Path, vae: Source) -> Layout:
 
 def _picture(layout: Layout, vae: Source, side: int | None) -> KLConfig:
     """The codec for pictures of the size that the network was trained on."""
-    config = KLConfig.parse(layout.config(vae.shapes, vae.config)["net"])
+    found = layout.config(vae.shapes, vae.config)["net"]
+    config = kl_image.NETS[found["kind"]].parse(found)
     return config.model_copy(update={"size": side * config.factor}) if isinstance(side, int) else config
 
 
@@ -179,7 +199,7 @@ def _text_files(src: Path, kind: Kind, stack: ExitStack, scratch: Path | None) -
 
 def _own(kind: Kind) -> set[str]:
     """The names in model_index.json of the parts that are converted."""
-    return {kind.folder, "scheduler", *(["vae"] if kind.codec else ()),
+    return {kind.folder, "scheduler", *([kind.codec] if kind.codec else ()),
             *(f"{name}{end}" for end in _ends(kind.recipe) for name in ("text_encoder", "tokenizer"))}
 
 
@@ -196,12 +216,15 @@ def write(name: str, config: Config, tensors: Tensors, places: list[Place | None
     Raises ModelError for what diffusers cannot say.
     """
     kind, data = KINDS[name], config.to_json()
-    said = kind.layout.foreign_config(data | {"size": config.latent_shape[1]})
+    layout = next((one for one in (kind.layout, kind.older) if one and one.name == facts.get("net")), kind.layout)
+    said, codec_class = layout.foreign_config(data | {"size": config.latent_shape[1]}), {}
     part = partial(_part, tensors, target)
-    files = part("net", kind.folder, kind.layout, data, said)
+    files = part("net", kind.folder, layout, data, said)
     if kind.codec:
         codec = named(kl_image.LAYOUTS, facts.get("codec", "diffusers"))
-        files |= part("codec", "vae", codec, data["codec"], codec.foreign_config(data["codec"]))
+        described = codec.foreign_config(data["codec"])
+        files |= part("codec", kind.codec, codec, data["codec"], described)
+        codec_class = {kind.codec: ["diffusers", described["_class_name"]]}
     for end, place in zip(_ends(kind.recipe), places, strict=True):
         if place:
             files |= encoder_files(place.encoder, f"text_encoder{end}", stack)
@@ -211,7 +234,7 @@ def write(name: str, config: Config, tensors: Tensors, places: list[Place | None
     files[schedulers.FILE] = kept if kept.is_file() else as_json(scheduler)
     index = json_of(home / MANIFEST) if (home / MANIFEST).is_file() else {}
     classes = {kind.folder: ["diffusers", said["_class_name"]], "scheduler": ["diffusers", scheduler["_class_name"]],
-               **({"vae": ["diffusers", "AutoencoderKL"]} if kind.codec else {}), **_text_classes(kind, places)}
+               **codec_class, **_text_classes(kind, places)}
     files[MANIFEST] = as_json(_manifest(name, config, index, classes))
     return files
 

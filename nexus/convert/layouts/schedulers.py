@@ -58,9 +58,13 @@ def _read_discrete(said: dict) -> tuple[dict, tuple[str, ...]]:
                 "sampler": "dpmpp-2m-sde" if noisy else SAMPLERS.get(kind, "ddim"),
                 "schedule": "karras" if said.get("use_karras_sigmas") else "native",
                 "clip": said.get("clip_sample", True) if kind in ("DDIMScheduler", "DDPMScheduler") else False}
+    if kind == "DDPMScheduler":
+        settings["variance"] = "large" if said.get("variance_type") == "fixed_large" else "small"
     notes = [f"{kind} is sampled with ddim"] if kind not in SAMPLERS else []
     if kind == "PNDMScheduler" and not said.get("skip_prk_steps", False):
         notes.append("PNDMScheduler's Runge-Kutta steps at the beginning are left out")
+    if kind == "DDIMScheduler" and settings["clip"]:
+        notes.append("DDIMPipeline gives the same with use_clipped_model_output=True")
     if kind in MULTISTEP:
         usual = USUAL | {"solver_type": SOLVERS[kind]}
         notes += [f"the scheduler's {name} {said[name]} is not carried" for name in usual
@@ -83,6 +87,8 @@ def _write_discrete(config: Config) -> dict:
     if kind == "DDIMScheduler":
         said |= {"clip_sample": config.clip, "set_alpha_to_one": not path.ends_at_first,
                  "rescale_betas_zero_snr": path.zero_terminal_snr}
+    if kind == "DDPMScheduler":
+        said |= {"clip_sample": config.clip, "variance_type": f"fixed_{config.variance}"}
     if kind == "PNDMScheduler":
         said |= {"skip_prk_steps": True, "set_alpha_to_one": not path.ends_at_first}
     return said

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from nexus.codecs.chroma import ChromaConfig, chroma
+from nexus.codecs.chroma import ChromaConfig
 from nexus.codecs.encodec import EncodecConfig
 from nexus.codecs.sound import MUSIC_CODEC, SoundCodecConfig
 from nexus.config import Config
@@ -21,6 +21,8 @@ from nexus.decode.loops import UNKNOWN, autoregressive
 from nexus.decode.patterns import delay, holds, undelay, windows
 from nexus.errors import InputError, ModelError, UsageError
 from nexus.media import Media
+from nexus.models.audio import followed
+from nexus.models.audio.followed import Heard
 from nexus.nn.precision import full_precision
 from nexus.nn.token_lm import SIZES, Prepared, TokenLM, TokenLMConfig
 from nexus.phase import Phase
@@ -37,8 +39,9 @@ class MusicGenConfig(Config):
 
     seconds: of the clips it is trained on, which is also its window; a longer piece is made in windows that begin
     `stride` seconds after one another. p_uncond: share of clips that are learnt without any condition; p_melody: of
-    the others, share without their melody. guidance, guidance_style: see `guided`; the second, where it is asked for,
-    makes guidance double. temperature, top_k, top_p: see `choose`.
+    the others, share without their melody or style. guidance, guidance_style: see `guided`; the second, where it is
+    asked for, makes guidance double. temperature, top_k, top_p: see `choose`. hearing: a folder of MERT, for a style
+    that is heard by it.
     """
 
     medium: ClassVar[str] = "audio"
@@ -47,6 +50,7 @@ class MusicGenConfig(Config):
     conditioner: TextCondConfig | PretrainedCondConfig | NoCondConfig = Field(PretrainedCondConfig(**T5),
                                                                              discriminator="kind")
     melody: ChromaConfig = ChromaConfig()
+    hearing: str = ""
     seconds: float = Field(30.0, gt=0)
     stride: float = Field(18.0, gt=0)
     p_uncond: float = Field(0.3, ge=0, le=1)
@@ -60,16 +64,19 @@ class MusicGenConfig(Config):
         "tiny": {"net": TokenLMConfig.presets["tiny"], "codec": {"net": EncodecConfig.presets["tiny"]},
                  "conditioner": TextCondConfig.presets["tiny"], "melody": {"exponent": 7}, "seconds": 0.25,
                  "stride": 0.15, "top_k": 8},
+        "tiny-style": {"net": TokenLMConfig.presets["tiny-style"], "codec": {"net": EncodecConfig.presets["tiny"]},
+                       "conditioner": TextCondConfig.presets["tiny"], "seconds": 0.25, "stride": 0.15, "top_k": 8},
         "music": {"net": TokenLMConfig.presets["music"], "codec": MUSIC_CODEC, "melody": {"exponent": 13},
                   "conditioner": {"kind": "text", "encoder": {"buckets": 1024, "length": 32}}, "seconds": 10.0,
                   "stride": 6.0, "p_uncond": 0.2, "top_k": 100},
     } | {name: {"net": fields} | ({"p_uncond": 0.2} if "melody" in name else {})
          | ({"codec": {"net": EncodecConfig.presets["32khz"] | {"channels": 2, "interleave": "rows"}}}
             if "stereo" in name else {})
-         for name, fields in TokenLMConfig.presets.items() if name not in ("tiny", "music")}
+         for name, fields in TokenLMConfig.presets.items() if name not in ("tiny", "tiny-style", "music")}
     default_preset: ClassVar[str] = "music"
     recipes: ClassVar[dict[str, dict]] = {
         "tiny": {"steps": 20, "batch_size": 4},
+        "tiny-style": {"steps": 20, "batch_size": 4},
         "music": {"steps": 12_000, "batch_size": 16, "lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1,
                   "warmup": 200, "schedule": "cosine", "final_lr": 0.05, "precision": "auto", "ema": 0.998,
                   "save_every": 250, "cache_latents": True},
@@ -81,7 +88,12 @@ class MusicGenConfig(Config):
         n, c = self.net, self.codec.net
         if (n.codebooks, n.bins) != (c.codebooks, c.bins):
             raise ValueError(f"net: {n.codebooks} codebooks of {n.bins}, the codec has {c.codebooks} of {c.bins}")
-        if n.chroma and n.chroma != self.melody.bins:
+        if n.style and n.style.features == "tokens" and (n.style.bins_in != c.bins or n.style.quantizers > c.codebooks):
+            raise ValueError(f"net.style: tokens of {n.style.quantizers} codebooks of {n.style.bins_in}, the codec has "
+                             f"{c.codebooks} of {c.bins}")
+        if n.style and n.style.longest >= self.seconds:
+            raise ValueError(f"net.style.longest {n.style.longest}: less than the {self.seconds} seconds of a clip")
+        if n.chroma and not n.style and n.chroma != self.melody.bins:
             raise ValueError(f"net.chroma {n.chroma}: the melody has {self.melody.bins} bins")
         if self.stride >= self.seconds:
             raise ValueError(f"stride {self.stride}: less than the {self.seconds} seconds of a window")
@@ -114,10 +126,14 @@ class MusicGenConfig(Config):
 
 
 class Piece(NamedTuple):
-    """One call of generate: text conditions, each side of guidance, the melody [1, T] or None, and how tokens fall."""
+    """One call of generate: text conditions, each side of guidance, what is followed, and how tokens fall.
+
+    melody [1, T] or None; style: of the whole piece, or None.
+    """
 
     sides: tuple[Cond, ...]
     melody: Tensor | None
+    style: Heard | None
     score: Callable[[Tensor], Tensor]
     pick: Callable[[Tensor], Tensor]
     frames: int
@@ -169,8 +185,8 @@ class MusicGen(nn.Module):
     def loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """Cross entropy of the next token, a mean over codebooks of the mean over their codes; each to log.
 
-        Steps that some codebook has no code for are left out. "codes" [B, K, T] may stand in for "audio" in the batch,
-        and "chroma" [B, F, N] for its melody.
+        Steps that some codebook has no code for are left out, and so is the excerpt whose style is told. "codes"
+        [B, K, T] may stand in for "audio" in the batch, and "chroma" [B, F, N] for its melody.
         """
         n = self.config.net
         with torch.no_grad():
@@ -178,13 +194,20 @@ class MusicGen(nn.Module):
         frames = codes.shape[-1]
         sequence = delay(codes, n.pattern, n.bins)[..., :frames + 1]
         counted = holds(n.pattern, frames, codes.device)[:, 1:frames + 1]
-        scores = self.net(sequence[..., :-1], self._training_cond(batch, codes, rng)).float()
+        cond, learnt = self._training_cond(batch, codes, rng)
+        if learnt is not None:
+            places = learnt.long().expand(1, n.codebooks, -1)
+            counted = counted & delay(places, n.pattern, 0)[0, :, 1:frames + 1].bool()
+        scores = self.net(sequence[..., :-1], cond).float()
         surprise = F.cross_entropy(scores.movedim(-1, 1), sequence[..., 1:].clamp_max(n.bins - 1), reduction="none")
         each = (surprise * counted).sum((0, 2)) / (len(codes) * counted.sum(1).clamp_min(1))
         return {"loss": each.mean()} | {f"codebook_{k}": value.detach() for k, value in enumerate(each)}
 
-    def _training_cond(self, batch: dict, codes: Tensor, rng: torch.Generator) -> Cond:
-        """The clips' conditions, some of them dropped: text becomes zero vectors, a melody that of silence."""
+    def _training_cond(self, batch: dict, codes: Tensor, rng: torch.Generator) -> tuple[Cond, Tensor | None]:
+        """The clips' conditions, some of them dropped: text becomes zero vectors, a melody that of silence.
+
+        Also which frames are to be learnt, None = all.
+        """
         c, count = self.config, len(codes)
         drop, quiet = (torch.rand(count, generator=rng) < p for p in (c.p_uncond, c.p_melody))
         drop, quiet = drop.to(codes.device), (drop | quiet).to(codes.device)
@@ -192,26 +215,14 @@ class MusicGen(nn.Module):
         if self.conditioner is not None:
             words = self.conditioner.training_cond(batch | {"style": torch.zeros_like(codes[:, 0, 0])}, rng)
             cond = {"context": words["context"], "context_mask": _mask(words) & ~drop[:, None]}
-        if c.net.chroma:
+        if not c.net.chroma:
+            return cond, None
+        if c.net.style:
+            heard = followed.style_of_clips(self, codes, rng)
+        else:
             with torch.no_grad():
-                heard = self._heard(batch, codes)
-            cond["melody"] = torch.where(quiet[:, None, None], self._silence(heard), heard)
-        return cond
-
-    def _heard(self, batch: dict, codes: Tensor) -> Tensor:
-        """The chroma of a batch; silence where it holds codes alone."""
-        c = self.config
-        if "chroma" in batch:
-            return batch["chroma"]
-        if "audio" in batch:
-            return chroma(batch["audio"].mean(1), c.rate, c.melody)
-        frames = c.melody.frames(codes.shape[-1] * c.codec.net.hop)
-        return self._silence(torch.zeros(len(codes), frames, c.net.chroma, device=codes.device))
-
-    @staticmethod
-    def _silence(like: Tensor) -> Tensor:
-        """The chroma of no melody, which is a 1 on the first bin."""
-        return F.one_hot(torch.zeros(like.shape[:2], dtype=torch.long, device=like.device), like.shape[2]).to(like)
+                heard = followed.melody_of_clips(self, batch, codes)
+        return cond | heard.cond(quiet), heard.learnt
 
     def used_settings(self, request: SampleRequest) -> dict:
         """What a request's open settings become with this model."""
@@ -252,18 +263,21 @@ class MusicGen(nn.Module):
         c, device = self.config, self.net.emb.weight.device
         if request.prompt is not None and self.conditioner is None:
             raise InputError("this model reads no text: it takes no prompt", hint="leave --prompt out")
-        melody = None
+        melody, style = None, followed.no_style(self, len(seeds)) if c.net.style else None
         if request.melody is not None:
             if not c.net.chroma:
-                raise UsageError("--melody: this model follows none", hint="a melody model does")
-            melody = _sound(request.melody, c.rate, 1).to(device)
+                raise UsageError("--melody: this model follows none", hint="a melody or style model does")
+            if c.net.style:
+                style = followed.style_of_sound(self, request.melody, seeds, _sound)
+            else:
+                melody = _sound(request.melody, c.rate, 1).to(device)
         scale = c.guidance if request.guidance is None else request.guidance
         sides, notes = self._sides(request, len(seeds), scale, device)
         settings = {name: getattr(c if getattr(request, name) is None else request, name)
                     for name in ("temperature", "top_k", "top_p")}
         rngs = [generator(seed, "tokens") for seed in seeds]
         score = combined(len(sides), scale, request.guidance_style)
-        return Piece(sides, melody, score, chooser(rngs, **settings), frames), notes
+        return Piece(sides, melody, style, score, chooser(rngs, **settings), frames), notes
 
     def _sides(self, request: SampleRequest, n: int, scale: float,
                device: torch.device) -> tuple[tuple[Cond, ...], tuple[dict, ...]]:
@@ -324,29 +338,12 @@ class MusicGen(nn.Module):
         c = self.config
         sides = piece.sides
         if c.net.chroma:
-            heard = self._followed(piece.melody, start * c.codec.net.hop, many).expand(n, -1, -1)
-            none = self._silence(heard)
-            sides = tuple(side | {"melody": heard if i < max(1, len(sides) - 1) else none}
-                          for i, side in enumerate(sides))
+            heard = piece.style or followed.melody_in_window(self, piece.melody, start * c.codec.net.hop, many, n)
+            sides = tuple(side | heard.cond(quiet=i > 0 and i == len(sides) - 1) for i, side in enumerate(sides))
         cond = sides[0]
         for side in sides[1:]:
             cond = joined(cond, side)
         return cond
-
-    def _followed(self, melody: Tensor | None, start: int, many: bool) -> Tensor:
-        """The melody's chroma [1, F, N] over a whole window that begins at sample `start`; a short one is repeated.
-
-        As published: in a piece of several windows it is the sound that is repeated, in a piece of one its chroma.
-        """
-        c, device = self.config, self.net.emb.weight.device
-        samples = int(c.seconds * c.rate)
-        frames = c.melody.frames(samples)
-        if melody is None:
-            return self._silence(torch.zeros(1, frames, c.net.chroma, device=device))
-        if many:
-            melody = melody[:, torch.arange(start, start + samples, device=device) % melody.shape[-1]]
-        heard = chroma(melody, c.rate, c.melody)
-        return heard.repeat(1, -(-frames // heard.shape[1]), 1)[:, :frames]
 
     def _watch(self, watch: Callable[..., Any], before: Tensor, done: int, steps: int, step: int, of: int,
                sequence: Tensor) -> None:
