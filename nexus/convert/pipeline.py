@@ -70,9 +70,10 @@ def _known(src: Path, overrides: Sequence[str]) -> bool:
 
 
 def _import(src: Path, target: Target, check: bool, overrides: Sequence[str]) -> Report:
-    folder = scratch(target.path, check)
+    folder, used = scratch(target.path, check), single.USED
     with ExitStack() as stack:
         if src.is_dir() and musicgen_whole.known(src):
+            used = musicgen_whole.USED
             whole = musicgen_whole.read(src, stack, folder, list(overrides))
         elif src.is_dir():
             whole = pipelines.read(src, stack, folder, list(overrides))
@@ -80,7 +81,7 @@ def _import(src: Path, target: Target, check: bool, overrides: Sequence[str]) ->
             source, = stack.enter_context(opened(src, folder))
             whole = single.read(source, single.given(overrides), stack, folder)
         config = catalog.config_class(whole.system).parse(whole.config).override(
-            [text for text in overrides if text.partition("=")[0].strip() not in single.USED])
+            [text for text in overrides if text.partition("=")[0].strip() not in used])
         problems = whole.problems + tuple(
             f"{piece.part}: {line}" for piece in whole.pieces for line in piece.problems())
         count = sum(len(piece.source.tensors) for piece in whole.pieces)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from nexus.errors import InputError, ModelError, UsageError
-from nexus.models.audio.followed import melody_in_window
 from nexus.models.audio.musicgen import MusicGenConfig
+from nexus.process.followed import melody_in_window
 from nexus.requests import SampleRequest
 from nexus.sounds import write_sound
 

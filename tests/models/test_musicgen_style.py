@@ -1,5 +1,8 @@
 """MusicGen-Style: what an excerpt becomes, what of a clip is learnt, how a style steers, audiocraft's names of it."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +12,13 @@ from safetensors.torch import load_file
 from nexus import checkpoint
 from nexus.convert.convert import convert
 from nexus.convert.keymap import to_foreign, to_native
+from nexus.convert.layouts import encodec
 from nexus.convert.layouts.musicgen import LAYOUTS, STYLE
 from nexus.decode.patterns import delay, holds
 from nexus.errors import InputError, ModelError
-from nexus.models.audio import followed
 from nexus.models.audio.musicgen import MusicGenConfig
 from nexus.nn.style import StyleConfig
+from nexus.process import followed
 from nexus.requests import SampleRequest
 from nexus.sounds import write_sound
 
@@ -193,10 +197,16 @@ def test_frames_are_heard_by_a_hubert_in_its_folder(tmp_path, sound):
                                      conv_dim=(16, 16), conv_kernel=(10, 8), conv_stride=(5, 4),
                                      num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2)
     mert = transformers.HubertModel(said).eval()
-    mert.save_pretrained(tmp_path / "mert")
-    config = MusicGenConfig.preset("tiny-style").to_json() | {"hearing": str(tmp_path / "mert")}
-    config["net"]["style"] |= {"features": "frames", "width": 24}
-    system = MusicGenConfig.parse(config).build().eval()
+    (tmp_path / "mert").mkdir()
+    torch.save(mert.state_dict(), tmp_path / "mert/pytorch_model.bin")          # as it is published
+    (tmp_path / "mert/config.json").write_text(json.dumps(said.to_dict() | {"model_type": "mert_model"}))
+    config = MusicGenConfig.preset("tiny-style").to_json()
+    config["net"]["style"] |= {"features": "frames", "width": 24, "heads": 8, "quantizers": 3, "bins_in": 2048}
+    _audiocraft_pair(MusicGenConfig.parse(config).build(), tmp_path / "pair")
+    convert(tmp_path / "pair", tmp_path / "ours", overrides=[f"hearing={tmp_path / 'mert'}"])
+    shutil.rmtree(tmp_path / "mert")
+    system = checkpoint.load(str(tmp_path / "ours"), device="cpu")
+    assert system.config.net.style == MusicGenConfig.parse(config).net.style
     heard = followed.style_of_sound(system, sound, [5], _read)
     wave, length = _read(sound, followed.MERT_RATE, 1), int(0.1 * followed.MERT_RATE)
     from nexus.rng import generator
@@ -206,17 +216,29 @@ def test_frames_are_heard_by_a_hubert_in_its_folder(tmp_path, sound):
     assert torch.allclose(heard.vectors, want, atol=1e-5) and want.abs().sum() > 0
 
 
+def _audiocraft_pair(system, folder):
+    """The two files of a model as audiocraft lays them out; returns the language model's tensors."""
+    folder.mkdir()
+    config, codec = system.config.to_json(), system.codec.config.to_json()
+    state = to_foreign(ORIGINAL.table(config), system.net.state_dict()) | ORIGINAL.constants(config)
+    settings = ("transformer_lm: {num_heads: 2}\ndataset: {segment_duration: 0.25}\n"
+                "conditioners: {self_wav: {style: {eval_q: 2, ds_factor: 3, length: 0.1, "
+                "varying_lengths: [0.06, 0.12]}}}")
+    torch.save({"best_state": state, "xp.cfg": settings}, folder / "state_dict.bin")
+    sound = {layout.name: layout for layout in encodec.LAYOUTS}["original"]
+    codes = to_foreign(sound.table({"net": codec}), system.codec.state_dict()) | sound.constants({"net": codec})
+    torch.save({"best_state": codes, "xp.cfg": f"encodec: {{sample_rate: {codec['rate']}}}\n"
+                "seanet: {causal: false, pad_mode: constant}\n"}, folder / "compression_state_dict.bin")
+    return state
+
+
 def test_a_file_of_audiocraft_is_converted_with_its_settings(tmp_path):
     config = MusicGenConfig.preset("tiny-style").to_json()
     config["net"]["style"] |= {"heads": 8, "features": "frames", "width": 10, "quantizers": 3, "bins_in": 2048}
     torch.manual_seed(3)
-    net = MusicGenConfig.parse(config).build().net
-    state = to_foreign(ORIGINAL.table(config), net.state_dict()) | ORIGINAL.constants(config)
-    settings = ("transformer_lm: {num_heads: 2}\ndataset: {segment_duration: 0.25}\n"
-                "conditioners: {self_wav: {style: {eval_q: 2, ds_factor: 3, length: 0.1, "
-                "varying_lengths: [0.06, 0.12]}}}")
-    torch.save({"best_state": state, "xp.cfg": settings}, tmp_path / "state_dict.bin")
-    convert(tmp_path / "state_dict.bin", tmp_path / "ours", overrides=["hearing=/mert"])
+    system = MusicGenConfig.parse(config).build()
+    net, state = system.net, _audiocraft_pair(system, tmp_path / "pair")
+    convert(tmp_path / "pair/state_dict.bin", tmp_path / "ours", overrides=["hearing=/mert"])
     ours = checkpoint.load(str(tmp_path / "ours"), device="cpu")
     assert ours.config.hearing == "/mert" and ours.config.net.style == net.config.style
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in ours.net.state_dict().items())

@@ -18,8 +18,8 @@ from nexus.convert.layouts.musicgen import LAYOUTS
 from nexus.decode.choose import chooser, guided
 from nexus.decode.loops import UNKNOWN, autoregressive
 from nexus.decode.patterns import delay, holds, undelay
-from nexus.models.audio import followed
 from nexus.models.audio.musicgen import MusicGenConfig
+from nexus.process import followed
 from nexus.requests import SampleRequest
 from nexus.sounds import write_sound
 from tests.parity.whole import assert_close, shapes

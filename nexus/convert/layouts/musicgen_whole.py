@@ -11,7 +11,7 @@ from nexus.convert.detect import Found, Source, detect, json_of, opened
 from nexus.convert.export import FORMAT, Target, as_json, weights
 from nexus.convert.layout import Layout
 from nexus.convert.layouts import encodec, musicgen
-from nexus.convert.parts import HOME, Whole, below, named
+from nexus.convert.parts import HOME, Whole, below, encoder_files, named
 from nexus.convert.pieces import Piece, built, foreign, split, tensors_of
 from nexus.convert.pieces import below as inside
 from nexus.convert.stream import Payload, Tensors
@@ -25,6 +25,7 @@ TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", 
 SETTINGS = ("generation_config.json", "preprocessor_config.json")
 TEXT_FILES = f"{HOME}/text_encoder"
 NEW = named(musicgen.LAYOUTS, "transformers")
+USED = ("hearing",)                                 # settings that are used up here: a folder of MERT is taken in
 
 
 def known(src: Path) -> bool:
@@ -36,8 +37,11 @@ def known(src: Path) -> bool:
 
 def read(src: Path, stack: ExitStack, scratch: Path | None, overrides: list[str]) -> Whole:
     """The folder, its tensors still on disk; raises ModelError for a part that is missing or of another kind."""
+    given = {name.strip(): value.strip() for name, _, value in (text.partition("=") for text in overrides)}
     if (src / LM).is_file():
-        return _audiocraft(src, stack, scratch)
+        return _audiocraft(src, stack, scratch, given.get("hearing"))
+    if "hearing" in given:
+        raise ModelError(f"{src} follows no style: it hears none", hint="leave hearing out")
     source, = stack.enter_context(opened(src, scratch))
     said, data = source.config, None
     if not NEW.matches(source.shapes, said):
@@ -103,7 +107,7 @@ def _words(src: Path, source: Source, said: dict) -> tuple[dict, dict[str, Paylo
     return {"conditioner": usual | {"encoders": [f"./{HOME}"]}}, files, ()
 
 
-def _audiocraft(src: Path, stack: ExitStack, scratch: Path | None) -> Whole:
+def _audiocraft(src: Path, stack: ExitStack, scratch: Path | None, hearing: str | None) -> Whole:
     found = [detect(stack.enter_context(opened(src / file, scratch)), f"{system}/original")
              for file, system in ((LM, SYSTEM), (CODEC, "encodec"))]
     data, codec = (one.layout.config(one.source.shapes, one.source.config) for one in found)
@@ -116,7 +120,13 @@ def _audiocraft(src: Path, stack: ExitStack, scratch: Path | None) -> Whole:
     name = str(name.get("name", "t5-base"))
     data["conditioner"] = {"kind": "pretrained", "recipe": "t5", "weighting": False,
                            "encoders": [name if "/" in name else f"google-t5/{name}"]}
-    return _whole("original", data, [_parts(one) for one in found], {}, {"codec": "transformers"}, ())
+    files: dict[str, Payload] = {}
+    if hearing is not None:
+        if not data["net"].get("style") or not Path(hearing).is_dir():
+            raise ModelError(f"hearing={hearing}: a folder of MERT, for a model that follows a style",
+                             hint="leave it out, or check the path")
+        files, data["hearing"] = encoder_files(Path(hearing), f"{HOME}/hearing", stack, scratch), f"./{HOME}/hearing"
+    return _whole("original", data, [_parts(one) for one in found], files, {"codec": "transformers"}, ())
 
 
 def _parts(found: Found) -> tuple[Layout, Source]:

@@ -5,6 +5,7 @@ B items, K codebooks, V tokens of each, T frames, S steps of the delayed pattern
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -21,11 +22,11 @@ from nexus.decode.loops import UNKNOWN, autoregressive
 from nexus.decode.patterns import delay, holds, undelay, windows
 from nexus.errors import InputError, ModelError, UsageError
 from nexus.media import Media
-from nexus.models.audio import followed
-from nexus.models.audio.followed import Heard
 from nexus.nn.precision import full_precision
 from nexus.nn.token_lm import SIZES, Prepared, TokenLM, TokenLMConfig
 from nexus.phase import Phase
+from nexus.process import followed
+from nexus.process.followed import Heard
 from nexus.requests import SampleRequest, refuse
 from nexus.rng import generator
 from nexus.text.conditioner import Cond, NoCondConfig, TextCondConfig, aligned, joined
@@ -148,6 +149,7 @@ class MusicGen(nn.Module):
     def __init__(self, config: MusicGenConfig):
         super().__init__()
         self.config = config
+        self.base: Path | None = None               # the model's own folder, where it has MERT
         self.net: TokenLM = config.net.build()
         self.conditioner = config.conditioner.build() if config.net.text != "none" else None
         self.codec = config.codec.build()

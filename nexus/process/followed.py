@@ -3,8 +3,8 @@
 B clips, K codebooks, T frames of codes, L vectors of what is followed, N their width.
 """
 
+import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nexus.codecs.chroma import chroma
 from nexus.errors import ModelError
 from nexus.rng import generator
+from nexus.text.folders import located
 
 MERT_RATE = 24_000      # samples a second that MERT hears
 
@@ -98,7 +99,7 @@ def style_of_sound(system: nn.Module, path: str, seeds: list[int], read: Callabl
     length = min(int(style.excerpt * rate), sound.shape[-1])
     places = [int(torch.randint(sound.shape[-1] - length + 1, (), generator=generator(s, "excerpt"))) for s in seeds]
     excerpts = torch.stack([sound[:, at:at + length] for at in places])
-    heard = system.encode(excerpts) if tokens else _mert(c.hearing, device)(excerpts[:, 0]).last_hidden_state
+    heard = system.encode(excerpts) if tokens else _mert(system)(excerpts[:, 0]).last_hidden_state
     vectors = system.net.style(heard)
     return Heard(vectors, torch.zeros_like(vectors), True)
 
@@ -114,26 +115,23 @@ def silence(like: Tensor) -> Tensor:
     return F.one_hot(torch.zeros(like.shape[:2], dtype=torch.long, device=like.device), like.shape[2]).to(like)
 
 
-def _mert(folder: str, device: torch.device) -> nn.Module:
+def _mert(system: nn.Module) -> nn.Module:
     """MERT (Li et al. 2023, arXiv:2306.00107) in a transformers folder, by transformers' HuBERT, which it is.
 
     ModelError for one that is not named, not there, or hears by a constant-Q transform as well.
     """
-    if not folder or not Path(folder).is_dir():
-        raise ModelError(f"this model hears a style by MERT, whose folder is {folder!r}",
+    if not system.config.hearing:
+        raise ModelError("this model hears a style by MERT, and none is named",
                          hint="convert it again with --set hearing=FOLDER, of m-a-p/MERT-v1-95M")
+    folder = located(system.config.hearing, system.base)
     from transformers import HubertConfig, HubertModel
-
-    from nexus.convert.detect import opened
-    from nexus.convert.pieces import tensors_of
-    with opened(Path(folder)) as (source, *_):
-        said = source.config or {}
-        if said.get("feature_extractor_cqt"):
-            raise ModelError(f"{folder} hears by a constant-Q transform, too", hint="MERT-v1-95M does not")
-        known = HubertConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version", "dtype"}
-        net = HubertModel(HubertConfig(**{key: value for key, value in said.items() if key in known}))
-        state = {key: lazy.make() for key, lazy in tensors_of(source).items()}
-    missing, _ = net.load_state_dict(state, strict=False)
-    if lost := [key for key in missing if key != "masked_spec_embed"]:
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if said.get("feature_extractor_cqt"):
+        raise ModelError(f"{folder} hears by a constant-Q transform, too", hint="MERT-v1-95M does not")
+    known = HubertConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version", "dtype"}
+    net, told = HubertModel.from_pretrained(
+        folder, config=HubertConfig(**{key: value for key, value in said.items() if key in known}),
+        use_safetensors=True, local_files_only=True, output_loading_info=True)
+    if lost := sorted(told["missing_keys"] - {"masked_spec_embed"}):
         raise ModelError(f"{folder} lacks {lost[0]}", hint="a folder of m-a-p/MERT-v1-95M")
-    return net.to(device).eval()
+    return net.to(system.net.emb.weight.device).eval()
