@@ -5,12 +5,13 @@ Esser et al. 2021, arXiv:2012.09841; Rombach et al. 2022. D = width of a row.
 
 from typing import ClassVar, Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from nexus.codecs.kl_image import KLConfig, features, halves, pictures
-from nexus.nn.quantize import nearest
+from nexus.nn.quantize import kmeans, nearest
 
 
 class VQConfig(KLConfig):
@@ -80,6 +81,12 @@ class VQImage(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:
         """ids [B, h, w] < bins -> z [B, D, h, w] before scaling."""
         return self.codes(ids).movedim(-1, 1)
+
+    @torch.no_grad()
+    def start(self, z: Tensor, rng: torch.Generator) -> None:
+        """Give a codebook that has learnt nothing the centres of z [B, D, h, w]: of its own, few would be chosen."""
+        if self.codes.weight.abs().max() <= 1 / self.config.bins:
+            self.codes.weight.copy_(kmeans(z.movedim(1, -1).flatten(0, 2).float(), self.config.bins, rng)[0])
 
     def coded(self, z: Tensor) -> Coded:
         """z [B, D, h, w] before scaling, rounded to the codebook."""

@@ -428,12 +428,28 @@ def test_a_vq_codec_rebuilds_a_picture_and_draws_none(tmp_path):
 def test_the_loss_of_a_vq_codec_is_its_terms():
     vq = system("tiny-vq", commitment=0.7, critic=None, edge_weight=0.0, per_value=False)
     x = pictures(3, vq)
+    vq.net.start(vq.net.encode(x), rng())
     coded = vq.net.coded(vq.net.encode(x))
     distortion = (vq.net.decode_raw(coded.z) - x).abs().sum() / 3 + math.log(2) * x[0].numel()     # laplace of scale 1
     found = vq.loss({"image": x}, rng(), 0)
     want = distortion + x[0].numel() * (coded.to_z + 0.7 * coded.to_rows)
     torch.testing.assert_close(found["loss"], want, rtol=1e-4, atol=1e-3)
     assert found["usage"] == len(coded.ids.unique()) / 16
+
+
+def test_a_new_codebook_starts_from_its_first_latents_and_a_trained_one_stays():
+    vq = system("tiny-vq", critic=None)
+    x = pictures(6, vq)
+    found = vq.loss({"image": x}, rng(), 0)
+    assert found["usage"] > 0.8                                             # 12 of 16 rows or more
+    kept = vq.net.codes.weight.detach().clone()
+    vq.loss({"image": pictures(3, vq)}, rng(1), 0)
+    assert torch.equal(vq.net.codes.weight, kept)
+    fresh = system("tiny-vq", critic=None)
+    with torch.no_grad():                                                   # nor is anything learnt without gradients
+        before = fresh.net.codes.weight.clone()
+        fresh.loss({"image": x}, rng(), 0)
+    assert torch.equal(fresh.net.codes.weight, before)
 
 
 def test_a_vq_codec_learns_a_few_pictures_with_its_codebook():

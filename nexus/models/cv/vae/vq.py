@@ -40,7 +40,10 @@ class VQ(nn.Module):
     def loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """The training loss at `step`, with `psnr` (dB) and `usage`, the share of rows that the batch chose, to log."""
         x, c = batch["image"], self.config
-        coded = self.net.coded(self.net.encode(x).float())
+        z = self.net.encode(x).float()
+        if step == 0 and torch.is_grad_enabled():
+            self.net.start(z, rng)
+        coded = self.net.coded(z)
         shown = self.net.decode_raw(coded.z).float()
         values = math.prod(x.shape[1:])
         distortion = -log_likelihood(c.likelihood, shown, x, c.spread).mean()
