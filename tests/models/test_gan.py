@@ -104,6 +104,12 @@ def test_a_gan_of_latents_is_trained_on_them_and_decodes_what_it_makes():
     assert made.shape == (2, 3, 16, 16) and torch.equal(made, system.codec.decode(system.net(z)).clamp(-1, 1))
 
 
+@pytest.mark.parametrize("cls", [GANConfig, WGANConfig, ConditionalGANConfig])
+def test_presets_of_emoji_see_whole_pictures_and_make_latents(cls):
+    config = cls.preset("emoji")
+    assert (config.image_size, config.image_channels, config.net.size, config.net.channels) == (64, 3, 16, 8)
+
+
 def test_the_wasserstein_estimate_is_logged_and_weights_are_clipped():
     system = built(WGANConfig.preset("tiny-clip"))
     critic, net = system.phases()

@@ -87,12 +87,12 @@ class ConditionalGANConfig(AdversarialConfig):
     @property
     def image_size(self) -> int:
         """Side of the pictures it is trained on, in pixels."""
-        return self.size if self.is_translator else self.net.size
+        return self.size if self.is_translator else super().image_size
 
     @property
     def image_channels(self) -> int:
         """Colour channels of the pictures."""
-        return self.net.out_channels if self.is_translator else self.net.channels
+        return self.net.out_channels if self.is_translator else super().image_channels
 
     def adapt(self, facts: Any) -> Self:
         """A copy with the class and style names of a data set, and tables for them."""
