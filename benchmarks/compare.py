@@ -8,7 +8,11 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from nexus.nn.precision import has_bfloat16
+
 ROUNDS = 7
+# A processor that only emulates bfloat16 is not measured in it: nobody would use it so.
+DTYPES = (torch.float32, torch.bfloat16) if has_bfloat16(torch.device("cpu")) else (torch.float32,)
 
 
 class Result(NamedTuple):

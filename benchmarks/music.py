@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-from compare import Result, compare, table
+from compare import DTYPES, Result, compare, table
 from transformers import (
     EncodecConfig,
     MusicgenConfig,
@@ -24,7 +24,6 @@ from nexus.convert.layouts.musicgen import LAYOUTS
 from nexus.decode.choose import chooser
 from nexus.models.audio.musicgen import MusicGenConfig, Piece, combined
 
-DTYPES = (torch.float32, torch.bfloat16)
 FRAMES, WORDS, SCALE = 32, 12, 3.0
 LAYOUT = next(one for one in LAYOUTS if one.name == "transformers")
 WHAT = ("decoder.", "enc_to_dec_proj.")                  # of the peer's keys, those of the language model

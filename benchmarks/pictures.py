@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from compare import Result, compare, table
+from compare import DTYPES, Result, compare, table
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
 import nexus
@@ -19,7 +19,6 @@ from nexus.convert.convert import convert
 from nexus.process import samplers
 from nexus.process.schedules import grid
 
-DTYPES = (torch.float32, torch.bfloat16)
 STEPS, SCALE, LABEL = 20, 4.0, 207
 DIT = {"num_attention_heads": 8, "attention_head_dim": 64, "num_layers": 9, "sample_size": 32, "in_channels": 4,
        "out_channels": 8, "patch_size": 2, "num_embeds_ada_norm": 1000, "norm_eps": 1e-6}

@@ -134,10 +134,10 @@ class Piece(NamedTuple):
 
     sides: tuple[Cond, ...]
     melody: Tensor | None
-    style: Heard | None
     score: Callable[[Tensor], Tensor]
     pick: Callable[[Tensor], Tensor]
     frames: int
+    style: Heard | None = None
 
 
 class MusicGen(nn.Module):
@@ -279,7 +279,7 @@ class MusicGen(nn.Module):
                     for name in ("temperature", "top_k", "top_p")}
         rngs = [generator(seed, "tokens") for seed in seeds]
         score = combined(len(sides), scale, request.guidance_style)
-        return Piece(sides, melody, style, score, chooser(rngs, **settings), frames), notes
+        return Piece(sides, melody, score, chooser(rngs, **settings), frames, style), notes
 
     def _sides(self, request: SampleRequest, n: int, scale: float,
                device: torch.device) -> tuple[tuple[Cond, ...], tuple[dict, ...]]:
