@@ -30,10 +30,11 @@ def _torch() -> dict:
     try:
         import torch
 
+        from nexus.checkpoint import pick_device
         from nexus.nn.precision import has_bfloat16
     except Exception as error:                          # a broken installation is what a doctor is asked about
         return {"torch": f"cannot be imported ({type(error).__name__}: {error})", "devices": "none"}
     devices = ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())),
                *(["mps"] if torch.backends.mps.is_available() else [])]
-    here = has_bfloat16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    here = has_bfloat16(pick_device("auto"))
     return {"torch": torch.__version__, "devices": ", ".join(devices), "bfloat16": "fast" if here else "emulated, slow"}

@@ -22,10 +22,8 @@ class VQConfig(KLConfig):
     """
 
     presets: ClassVar[dict[str, dict]] = {
-        "tiny-vq": {"channels": (8, 16), "groups": 4, "blocks": 1, "mid_attention": False, "latent_channels": 4,
-                    "bins": 16, "dim": 4, "size": 16},
-        "picture-vq": {"channels": (64, 128), "blocks": 1, "patch": 2, "groups": 16, "mid_attention": False,
-                       "latent_channels": 8, "bins": 1024, "dim": 8, "size": 64},
+        "tiny-vq": KLConfig.presets["tiny"] | {"quant_conv": True, "latent_channels": 4, "bins": 16, "dim": 4},
+        "picture-vq": KLConfig.presets["picture-codec"] | {"quant_conv": True, "bins": 1024, "dim": 8},
         "vq-f4": {"channels": (128, 256, 512), "latent_channels": 3, "bins": 8192, "dim": 3},
     }
     kind: Literal["vq"] = "vq"
@@ -100,7 +98,11 @@ class VQImage(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents z [B, D, h, w] -> picture [B, C, f*h, f*w], about [-1, 1] and not clipped."""
-        return self.decode_raw(self.rows(self.ids(z / self.config.scale + self.config.shift)).to(z.dtype))
+        return self.decode_rounded(z / self.config.scale + self.config.shift)
+
+    def decode_rounded(self, z: Tensor) -> Tensor:
+        """Latents before scaling, which are rounded to the codebook -> picture."""
+        return self.decode_raw(self.rows(self.ids(z)).to(z.dtype))
 
     def decode_raw(self, z: Tensor) -> Tensor:
         """Rows of the codebook z [B, D, h, w] -> picture."""

@@ -26,16 +26,14 @@ class LatentSet:
                  variants: int = 1, watch: Callable[[int, int], None] = lambda done, total: None):
         self.images, self.facts = images, images.facts
         plain = not shift and not flip
-        kept = []
+        parts = []
         for variant in range(1 if plain else variants):
             rng = generator(0, "latents", variant)
-            parts = []
             for start in range(0, len(images), CHUNK):
                 indices = list(range(start, min(start + CHUNK, len(images))))
                 parts.append(encode(images.batch(indices, rng, shift=shift, flip=flip)["image"]).float().cpu())
                 watch(variant * len(images) + start, len(images) * variants)
-            kept.append(torch.cat(parts))
-        self._latents = torch.stack(kept)                                   # [variants, pictures, C, h, w]
+        self._latents = torch.cat(parts).unflatten(0, (-1, len(images)))    # [variants, pictures, C, h, w]
 
     def __len__(self) -> int:
         return len(self.images)

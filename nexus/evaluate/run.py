@@ -148,14 +148,12 @@ def _rebuilt(system: nn.Module, held: ImageSet, facts: dict, settings: Settings,
 def _disentangled(system: nn.Module, held: ImageSet, rows: list[int], seed: int,
                   batch_size: int) -> tuple[dict, dict]:
     """How far latents follow the data's classes and styles; nothing where latents are maps, or labels too rare."""
-    weight = next(system.parameters())
-    batches = (held.batch(rows[i:i + batch_size])["image"].to(weight) for i in range(0, len(rows), batch_size))
-    codes = [analysis(system).codes(system, x) for x in batches]
-    labels = held.labels_of(rows)
+    own, labels, weight = analysis(system), held.labels_of(rows), next(system.parameters())
     factors = disentangle.usable({"class": labels["label"], "style": labels["style"]})
-    if codes[0] is None or not factors:
+    if not own.is_flat(system) or not factors:
         return {}, {}
-    codes = torch.cat(codes).cpu()
+    batches = (held.batch(rows[i:i + batch_size])["image"].to(weight) for i in range(0, len(rows), batch_size))
+    codes = torch.cat([own.codes(system, x) for x in batches]).cpu()
     numbers = {f"mutual information gap, {name}": disentangle.gap(codes, ids) for name, ids in factors.items()}
     if len(factors) > 1:
         numbers["beta-vae score"] = disentangle.beta_vae_score(codes, list(factors.values()), seed)

@@ -1,6 +1,7 @@
 """Which arithmetic a device is fast at, and what must not be done in half precision at all."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ def full_precision(x: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
+@cache
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 by itself; one that does not is up to 70 times slower in it."""
     if device.type == "cuda":

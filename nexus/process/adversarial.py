@@ -20,15 +20,22 @@ from nexus.media import Media
 from nexus.nn.dcgan import DCCriticConfig, DCGeneratorConfig
 from nexus.nn.diffaugment import Policy, diff_augment
 from nexus.nn.gan_blocks import frozen
-from nexus.nn.gan_resnet import ResCriticConfig, ResGeneratorConfig
+from nexus.nn.gan_resnet import LATENT_CRITIC, LATENT_NET, ResCriticConfig, ResGeneratorConfig
 from nexus.phase import Phase
-from nexus.process.codec import CodecConfig, decoded, encoded
+from nexus.process.codec import SHARED_CODEC, CodecConfig, decoded, encoded
 from nexus.process.latents import codes
 from nexus.requests import ONE_STEP, SampleRequest, refuse
 from nexus.rng import generator
 from nexus.text.conditioner import LabelCondConfig, NoCondConfig
 
 TOGETHER = 64           # frames of walks that are made at once
+
+# The game for the latents of the embedded pictures, and how it is trained.
+EMOJI = {"net": LATENT_NET, "critic": LATENT_CRITIC, "codec": SHARED_CODEC, "loss": "relativistic",
+         "r1": 1.0, "r2": 1.0, "penalty_every": 4}
+EMOJI_RECIPE = {"steps": 20_000, "batch_size": 32, "optimizer": "adam", "lr": 2e-4, "betas": (0.0, 0.99), "clip": 0.0,
+                "schedule": "cosine", "final_lr": 0.1, "ema": 0.998, "flip": 0.5, "save_every": 500,
+                "cache_latents": True, "shift": 2, "variants": 4}
 
 AnyGenerator = Annotated[DCGeneratorConfig | ResGeneratorConfig, Field(discriminator="kind")]
 AnyCritic = Annotated[DCCriticConfig | ResCriticConfig, Field(discriminator="kind")]

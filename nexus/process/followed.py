@@ -20,8 +20,9 @@ MERT_RATE = 24_000      # samples a second that MERT hears
 
 
 class Heard(NamedTuple):
-    """vectors [B, L, N] and what stands for nothing, none [B, L, N]; hides: nothing is told by a mask [B, L] as well.
+    """vectors [B, L, N] and what stands for nothing, none [B, L, N].
 
+    hides: nothing is zeros, and a mask [B, L] says so as well.
     learnt [T]: which frames of the clip the model is still to learn, all but the excerpt; None = all.
     """
 
@@ -32,10 +33,9 @@ class Heard(NamedTuple):
 
     def cond(self, quiet: Tensor | bool) -> dict[str, Tensor]:
         """The network's condition; quiet: [B] or all of them, who follows nothing."""
-        quiet = torch.as_tensor(quiet or self.vectors is self.none) if isinstance(quiet, bool) else quiet
-        quiet = quiet.to(self.vectors.device).expand(len(self.vectors))[:, None]
-        cond = {"melody": torch.where(quiet[..., None], self.none, self.vectors)}
-        return cond | ({"melody_mask": ~quiet.expand(self.vectors.shape[:2])} if self.hides else {})
+        quiet = torch.as_tensor(quiet, device=self.vectors.device).expand(len(self.vectors))[:, None, None]
+        melody = torch.where(quiet, self.none, self.vectors)
+        return {"melody": melody} | ({"melody_mask": melody.any(-1)} if self.hides else {})
 
 
 def melody_of_clips(system: nn.Module, batch: dict, codes: Tensor) -> Heard:

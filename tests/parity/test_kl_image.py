@@ -14,6 +14,7 @@ from nexus.convert.convert import convert
 from nexus.convert.keymap import to_foreign, to_native
 from nexus.convert.layouts.kl_image import LAYOUTS
 from nexus.errors import ModelError
+from tests.parity.codecs import assert_same_weights_back, diffusers_codec, near, with_ours
 
 CASES = Path(os.environ.get("NEXUS_PARITY") or Path(__file__).parents[2].parent / "shared/parity")
 NOT_OURS = ("latents_mean", "latents_std")               # always null
@@ -28,25 +29,14 @@ CONFIGS = {
 }
 
 
-def near(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    return bool((ours - theirs).abs().max() <= 1e-4 * max(1.0, theirs.abs().max().item()))
-
-
 def diffusers_model(fields: dict):
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    levels = len(fields["block_out_channels"])
-    return diffusers.AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * levels,
-                                   up_block_types=["UpDecoderBlock2D"] * levels, **fields).eval()
+    return diffusers_codec("AutoencoderKL", fields)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def pair(request, tmp_path_factory):
     """diffusers' model, its folder, and the native system converted from it."""
-    model, folder = diffusers_model(CONFIGS[request.param]), tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder / "theirs")
-    convert(folder / "theirs", folder / "ours")
-    return model, folder, checkpoint.load(str(folder / "ours"))
+    return with_ours(diffusers_model(CONFIGS[request.param]), tmp_path_factory.mktemp(request.param))
 
 
 @torch.no_grad()
@@ -64,10 +54,7 @@ def test_encodes_and_decodes_as_diffusers(pair):
 
 def test_folder_round_trip_is_exact(pair):
     model, folder, _ = pair
-    convert(folder / "ours", folder / "back", to="diffusers")
-    before = load_file(folder / "theirs/diffusion_pytorch_model.safetensors")
-    after = load_file(folder / "back/diffusion_pytorch_model.safetensors")
-    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert_same_weights_back(folder)
     said, again = (json.loads((folder / name / "config.json").read_text()) for name in ("theirs", "back"))
     assert all(again[key] == value for key, value in said.items() if key not in ("_diffusers_version", *NOT_OURS))
 

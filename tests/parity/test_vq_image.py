@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nexus import checkpoint
 from nexus.codecs.vq_image import VQConfig
@@ -14,6 +14,7 @@ from nexus.convert.keymap import to_foreign, to_native
 from nexus.convert.layouts.kl_image import LAYOUTS
 from nexus.errors import ModelError
 from nexus.models.cv.vae.vae import VAEConfig
+from tests.parity.codecs import assert_same_weights_back, diffusers_codec, near, with_ours
 
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 CONFIGS = {
@@ -25,16 +26,8 @@ CONFIGS = {
 }
 
 
-def near(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    return bool((ours - theirs).abs().max() <= 1e-4 * max(1.0, theirs.abs().max().item()))
-
-
 def diffusers_model(fields: dict):
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    levels = len(fields["block_out_channels"])
-    model = diffusers.VQModel(down_block_types=["DownEncoderBlock2D"] * levels,
-                              up_block_types=["UpDecoderBlock2D"] * levels, **fields).eval()
+    model = diffusers_codec("VQModel", fields)
     torch.nn.init.normal_(model.quantize.embedding.weight)       # published ones are spread like the latents
     return model
 
@@ -42,10 +35,7 @@ def diffusers_model(fields: dict):
 @pytest.fixture(scope="module", params=CONFIGS)
 def pair(request, tmp_path_factory):
     """diffusers' model, its folder, and the native system converted from it."""
-    model, folder = diffusers_model(CONFIGS[request.param]), tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder / "theirs")
-    convert(folder / "theirs", folder / "ours")
-    return model, folder, checkpoint.load(str(folder / "ours"))
+    return with_ours(diffusers_model(CONFIGS[request.param]), tmp_path_factory.mktemp(request.param))
 
 
 @torch.no_grad()
@@ -68,10 +58,7 @@ def test_ids_pictures_and_latents_are_diffusers(pair):
 
 def test_folder_round_trip_is_exact(pair):
     model, folder, _ = pair
-    convert(folder / "ours", folder / "back", to="diffusers")
-    before = load_file(folder / "theirs/diffusion_pytorch_model.safetensors")
-    after = load_file(folder / "back/diffusion_pytorch_model.safetensors")
-    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert_same_weights_back(folder)
     said, again = (json.loads((folder / name / "config.json").read_text()) for name in ("theirs", "back"))
     width = said.pop("vq_embed_dim") or said["latent_channels"]
     assert again["vq_embed_dim"] == width

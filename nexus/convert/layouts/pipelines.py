@@ -54,10 +54,10 @@ class Kind(NamedTuple):
     beside: tuple[str, ...] = ()
     older: Layout | None = None
 
-    def network(self, source: Source) -> Layout | None:
-        """The layout of the network's files; None: they are of another kind."""
-        return next((one for one in (self.layout, self.older) if one and one.matches(source.shapes, source.config)),
-                    None)
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Those that the network's files may have."""
+        return (self.layout, self.older) if self.older else (self.layout,)
 
 
 def _unet_config(shapes, said: dict | None) -> dict:
@@ -126,7 +126,7 @@ def read(src: Path, stack: ExitStack, scratch: Path | None, overrides: list[str]
     kind, scheduler = KINDS[index["_class_name"]], _scheduler(src)
     said = json_of(scheduler)
     source, = stack.enter_context(opened(src / kind.folder if (src / kind.folder).is_dir() else src, scratch))
-    layout = kind.network(source)
+    layout = next((one for one in kind.layouts if one.matches(source.shapes, source.config)), None)
     if layout is None:
         raise ModelError(f"{src} holds no {index['_class_name']}: its {kind.folder} is of another kind")
     config, assumed = settle(Found(layout, source, ()), [text for text in overrides if text.startswith("net.")])
@@ -216,7 +216,7 @@ def write(name: str, config: Config, tensors: Tensors, places: list[Place | None
     Raises ModelError for what diffusers cannot say.
     """
     kind, data = KINDS[name], config.to_json()
-    layout = next((one for one in (kind.layout, kind.older) if one and one.name == facts.get("net")), kind.layout)
+    layout = next((one for one in kind.layouts if one.name == facts.get("net")), kind.layout)
     said, codec_class = layout.foreign_config(data | {"size": config.latent_shape[1]}), {}
     part = partial(_part, tensors, target)
     files = part("net", kind.folder, layout, data, said)

@@ -3,9 +3,8 @@
 from typing import ClassVar
 
 from nexus.codecs.kl_image import KLConfig
-from nexus.nn.gan_resnet import EMOJI_NET, LATENT_CRITIC, LATENT_NET
-from nexus.process.adversarial import AdversarialConfig
-from nexus.process.codec import SHARED_CODEC
+from nexus.nn.gan_resnet import EMOJI_NET
+from nexus.process.adversarial import EMOJI, EMOJI_RECIPE, AdversarialConfig
 
 TINY_NET = {"kind": "dcgan", "size": 16, "width": 8, "latents": 16}
 _TINY_WIDTHS = {"kind": "resnet", "widths": (16, 16, 8), "blocks": 1, "group": 8}
@@ -22,8 +21,7 @@ class GANConfig(AdversarialConfig):
                         "critic": {"kind": "resnet", "widths": (16, 8), "blocks": 1},
                         "codec": {"net": KLConfig.presets["tiny"]}},
         "dcgan": {},
-        "emoji": {"net": LATENT_NET, "critic": LATENT_CRITIC, "codec": SHARED_CODEC, "loss": "relativistic",
-                  "r1": 1.0, "r2": 1.0, "penalty_every": 4},
+        "emoji": EMOJI,
         "emoji-pixels": _MODERN | {"net": EMOJI_NET, "critic": EMOJI_NET, "r1": 2.0, "r2": 2.0},
         "digits": {"net": {"kind": "dcgan", "size": 32, "channels": 1, "width": 32, "latents": 64},
                    "critic": {"kind": "dcgan", "width": 32, "norm": "none"},
@@ -36,12 +34,8 @@ class GANConfig(AdversarialConfig):
         "tiny-latent": {"steps": 20, "batch_size": 4, "cache_latents": True},
         "dcgan": {"steps": 50_000, "batch_size": 64, "optimizer": "adam", "lr": 2e-4, "betas": (0.5, 0.999),
                   "clip": 0.0},
-        "emoji": {"steps": 20_000, "batch_size": 32, "optimizer": "adam", "lr": 2e-4, "betas": (0.0, 0.99),
-                  "schedule": "cosine", "final_lr": 0.1, "clip": 0.0, "ema": 0.998, "flip": 0.5, "save_every": 500,
-                  "cache_latents": True, "shift": 2, "variants": 4},
-        "emoji-pixels": {"steps": 20_000, "batch_size": 32, "optimizer": "adam", "lr": 2e-4, "betas": (0.0, 0.99),
-                         "schedule": "cosine", "final_lr": 0.25, "clip": 0.0, "ema": 0.998, "flip": 0.5,
-                         "save_every": 500},
+        "emoji": EMOJI_RECIPE,
+        "emoji-pixels": EMOJI_RECIPE | {"final_lr": 0.25, "cache_latents": False, "shift": 0, "variants": 1},
         "digits": {"steps": 5000, "batch_size": 64, "optimizer": "adam", "lr": 2e-4, "betas": (0.5, 0.99),
                    "clip": 0.0, "ema": 0.998},
     }

@@ -17,12 +17,11 @@ from nexus.losses.diversity import diversity
 from nexus.media import Media
 from nexus.nn.dcgan import DCCriticConfig, DCGeneratorConfig
 from nexus.nn.gan_blocks import frozen
-from nexus.nn.gan_resnet import LATENT_CRITIC, LATENT_NET, ResCriticConfig, ResGeneratorConfig
+from nexus.nn.gan_resnet import ResCriticConfig, ResGeneratorConfig
 from nexus.nn.patch_critic import PatchCritic
 from nexus.nn.translators import UNetConfig
 from nexus.phase import Phase
-from nexus.process.adversarial import Adversarial, AdversarialConfig
-from nexus.process.codec import SHARED_CODEC
+from nexus.process.adversarial import EMOJI, EMOJI_RECIPE, Adversarial, AdversarialConfig
 from nexus.process.translation import ONE_OF_ANOTHER, TRANSLATES, check_direction, read_source, translated
 from nexus.requests import SampleRequest, refuse
 from nexus.rng import ItemNoise
@@ -115,8 +114,7 @@ class ConditionalGANConfig(AdversarialConfig):
                    "critic": _CRITIC | {"norm": "none", "label": "projection"}},
         "digits-map": {"net": _DIGITS, "critic": _CRITIC | {"label": "map"}},
         "digits-auxiliary": {"net": _DIGITS, "critic": _CRITIC | {"label": "auxiliary"}},
-        "emoji": {"net": LATENT_NET, "critic": LATENT_CRITIC | {"label": "projection"}, "codec": SHARED_CODEC,
-                  "loss": "relativistic", "r1": 1.0, "r2": 1.0, "penalty_every": 4},
+        "emoji": EMOJI | {"critic": EMOJI["critic"] | {"label": "projection"}},
         "pix2pix": {"net": {"kind": "unet"}, "critic": {"kind": "patch"}, "conditioner": {"kind": "none"}},
         "pix2pix-emoji": {"net": {"kind": "unet", "width": 20, "depth": 6}, "size": 64, "conditioner": {"kind": "none"},
                           "critic": {"kind": "patch", "width": 32, "layers": 2}},
@@ -126,9 +124,7 @@ class ConditionalGANConfig(AdversarialConfig):
         **{name: {"steps": 20, "batch_size": 4} for name in presets if name.startswith("tiny")},
         **{name: _ADAM | {"steps": 12_000, "batch_size": 64, "lr": 2e-4, "betas": (0.5, 0.99), "ema": 0.998,
                           "save_every": 250} for name in ("digits", "digits-map", "digits-auxiliary")},
-        "emoji": _ADAM | {"steps": 20_000, "batch_size": 32, "lr": 2e-4, "betas": (0.0, 0.99), "ema": 0.998,
-                          "schedule": "cosine", "final_lr": 0.1, "flip": 0.5, "save_every": 500,
-                          "cache_latents": True, "shift": 2, "variants": 4},
+        "emoji": EMOJI_RECIPE,
         "pix2pix": _ADAM | {"steps": 80_000, "batch_size": 1, "lr": 2e-4, "betas": (0.5, 0.999), "flip": 0.5,
                             "schedule": "constant-linear", "ema": 0.0},
         "pix2pix-emoji": _ADAM | {"steps": 5000, "batch_size": 8, "lr": 2e-4, "betas": (0.5, 0.999), "flip": 0.5,

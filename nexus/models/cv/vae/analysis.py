@@ -59,10 +59,15 @@ def rebuild(system: VAE | VQ, x: Tensor) -> Tensor:
     return system.rebuilt(x).clamp(-1, 1)
 
 
+def is_flat(system: VAE | VQ) -> bool:
+    """Whether latents are codes [L] and no maps."""
+    return len(system.config.net.latent_shape) == 1
+
+
 @torch.inference_mode()
-def codes(system: VAE | VQ, x: Tensor) -> Tensor | None:
-    """x [B, C, S, S] -> the posterior's means [B, L], or None where latents are maps, whose places are no factors."""
-    return system.net.encode(x)[0].float() if len(system.config.net.latent_shape) == 1 else None
+def codes(system: VAE, x: Tensor) -> Tensor:
+    """x [B, C, S, S] -> the posterior's means [B, L] of a VAE with flat latents."""
+    return system.net.encode(x)[0].float()
 
 
 def bounds(system: VAE | VQ) -> dict[str, Callable[[Tensor, torch.Generator], Tensor]]:
@@ -73,6 +78,6 @@ def bounds(system: VAE | VQ) -> dict[str, Callable[[Tensor, torch.Generator], Te
     if isinstance(system, VQ):
         return {}
     found = {"elbo": lambda x, rng: -elbo(system, x, rng)}
-    if len(system.config.net.latent_shape) == 1:
+    if is_flat(system):
         found["iwae"] = lambda x, rng: iwae_nll(system, x, rng)
     return found

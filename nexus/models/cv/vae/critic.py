@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from nexus.config import Config
 from nexus.losses.adversarial import LOSSES, balance, feature_distance
@@ -31,16 +31,20 @@ class CriticConfig(Config):
         return PatchCritic(channels, self.width, self.layers)
 
 
-def deceive(critic: PatchCritic, config: CriticConfig, shown: Tensor, x: Tensor, rebuilding: Tensor,
-            last: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def deceive(critic: PatchCritic | None, config: CriticConfig | None, step: int, shown: Tensor, x: Tensor,
+            rebuilding: Tensor, decoder: nn.Module) -> tuple[Tensor | float, dict[str, Tensor]]:
     """The codec's adversarial terms for rebuilt pictures `shown` of x, in the units of the loss `rebuilding`.
 
-    last: the decoder's last weight, where gradients are balanced. Also returns what is worth logging.
+    0 without a critic, or before it takes part. Gradients are balanced at the decoder's last weight. Also returns what
+    is worth logging.
     """
+    if critic is None or step < config.start:
+        return 0.0, {}
     fake = critic.features(shown)
     generator = LOSSES["hinge"].generator(fake[-1], critic.last(fake[-1]))
     matching = feature_distance(critic.features(x), fake)
-    total = config.weight * balance(rebuilding, generator, last) * generator + config.feature_weight * matching
+    share = config.weight * balance(rebuilding, generator, decoder.conv_out.weight)
+    total = share * generator + config.feature_weight * matching
     return total, {"deceive": generator.detach(), "features": matching.detach()}
 
 

@@ -158,10 +158,8 @@ class VAE(nn.Module):
         rebuilding = distortion + values * extra_terms(c, shown, x)
         loss = rebuilding + rate_cost(c, kl, step)
         logged = {"distortion": distortion, "rate": kl.flatten(1).sum(1).mean(), "psnr": psnr(shown, x)}
-        if self.critic is not None and step >= c.critic.start:
-            last = self.net.decoder.conv_out.weight
-            deceived, seen = deceive(self.critic, c.critic, shown, x, rebuilding / values, last)
-            loss, logged = loss + values * deceived, logged | seen
+        deceived, seen = deceive(self.critic, c.critic, step, shown, x, rebuilding / values, self.net.decoder)
+        loss, logged = loss + values * deceived, logged | seen
         return {"loss": loss / values if c.per_value else loss} | {k: v.detach() for k, v in logged.items()}
 
     def critic_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:

@@ -51,10 +51,8 @@ class VQ(nn.Module):
         loss = rebuilding + values * (coded.to_z + c.commitment * coded.to_rows)
         usage = torch.bincount(coded.ids.flatten(), minlength=c.net.bins).count_nonzero() / c.net.bins
         logged = {"distortion": distortion, "commitment": coded.to_rows, "psnr": psnr(shown, x), "usage": usage}
-        if self.critic is not None and step >= c.critic.start:
-            last = self.net.decoder.conv_out.weight
-            deceived, seen = deceive(self.critic, c.critic, shown, x, rebuilding / values, last)
-            loss, logged = loss + values * deceived, logged | seen
+        deceived, seen = deceive(self.critic, c.critic, step, shown, x, rebuilding / values, self.net.decoder)
+        loss, logged = loss + values * deceived, logged | seen
         return {"loss": loss / values if c.per_value else loss} | {k: v.detach() for k, v in logged.items()}
 
     def critic_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
@@ -63,8 +61,7 @@ class VQ(nn.Module):
 
     def rebuilt(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> the pictures of its ids, in [-1, 1] but for overshoot."""
-        z = self.net.encode(x)
-        return self.net.decode_raw(self.net.rows(self.net.ids(z)).to(z)).float()
+        return self.net.decode_rounded(self.net.encode(x)).float()
 
     @torch.inference_mode()
     def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
