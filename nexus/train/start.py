@@ -28,7 +28,7 @@ from nexus.train.pictures import sheet, write_report, write_samples
 from nexus.train.sharding import shard
 from nexus.train.state import TrainState, new_state, restore
 
-DESCRIBED = {"system", "data", "data_digest", "format", "nexus", "trained_steps", "init", "environment", "lora"}
+DESCRIBED = {"system", "data", "data_digest", "format", "nexus", "trained_steps", "init", "environment", "lora", "on"}
 MAY_CHANGE = {"steps", "log_every", "save_every", "sample_every", "samples", "keep", "on_nan"}
 
 
@@ -36,15 +36,17 @@ def resolve(system: str, *, preset: str | None = None, file: dict | None = None,
             flags: dict[str, Any] | None = None) -> tuple[Config, TrainArgs]:
     """The system's Config and the TrainArgs: defaults, then preset, then file, then --set, then flags.
 
-    file: {"config": {...}, "train": {...}}. Overrides are "train.KEY=VALUE" or "KEY.KEY=VALUE" of the system.
+    file: {"config": {...}, "train": {...}}; where it is the description of a model, which says everything, and no
+    preset is named, the default preset has no say. Overrides are "train.KEY=VALUE" or "KEY.KEY=VALUE" of the system.
     """
     cls = catalog.config_class(system)
     name = preset or cls.default_preset
     file = file or {}
     if surplus := file.keys() - {"config", "train", *DESCRIBED}:
         raise InputError(f"the settings file has an unknown section '{min(surplus)}'", hint="sections: config, train")
-    fields = cls.preset(name).to_json() | file.get("config", {})
-    args = TrainArgs.parse({**cls.recipes.get(name, {}), **file.get("train", {})})
+    whole = preset is None and "format" in file
+    fields = ({} if whole else cls.preset(name).to_json()) | file.get("config", {})
+    args = TrainArgs.parse(({} if whole else cls.recipes.get(name, {})) | file.get("train", {}))
     return overridden(cls.parse(fields), args, overrides, flags)
 
 

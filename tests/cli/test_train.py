@@ -6,6 +6,9 @@ import time
 
 import pytest
 
+from nexus import stored
+from nexus.train.start import resolve
+
 TINY = ("--preset", "tiny", "--batch-size", 4, "--set", "train.samples=0", "--device", "cpu")
 
 
@@ -67,6 +70,15 @@ def test_settings_files(warm, pictures, tmp_path):
     assert done.returncode == 0 and json.loads(done.stdout)["train"]["steps"] == 3
     assert warm(*command, "bad.toml", cwd=tmp_path).returncode == 3
     assert warm(*command, "unknown.json", cwd=tmp_path).returncode == 3
+
+
+def test_every_embedded_checkpoint_can_be_trained_again_from_its_settings():
+    """The command on each card: its config.json is a settings file that names what it was trained with."""
+    for file in sorted(stored.ZOO.glob("*/config.json")):
+        facts = json.loads(file.read_text())
+        config, args = resolve(facts["system"], file=facts)
+        assert config == config.parse(facts["config"]), file
+        assert args == args.parse(facts["train"]), file
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
