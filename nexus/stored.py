@@ -29,19 +29,23 @@ def find(name: str) -> Path:
         path.exists()
     except OSError as error:
         raise ModelError(f"there is no model '{name:.80}': {error.strerror}") from None
-    if not path.exists() and (ZOO / name / "config.json").exists():
+    if found := _model_at(path):
+        return found
+    if name in zoo_names():             # also beside a folder of that name that holds something else: --data music
         return ZOO / name
-    if path.is_dir() and not _has_weights(path):
-        steps = sorted(p for p in path.glob("step-*") if p.name[5:].isdigit())
-        if steps:
-            return steps[-1]
-    if _has_weights(path) or path.suffix == ".safetensors" and path.is_file():
-        return path
     if path.exists():
         raise ModelError(f"{name} is not a Nexus model",
                          hint="a folder with config.json and model.safetensors; foreign files: nexus convert")
-    known = ", ".join(sorted(p.parent.name for p in ZOO.glob("*/config.json")))
+    known = ", ".join(zoo_names())
     raise ModelError(f"there is no model '{name}'", hint=f"a path, or one of: {known or 'none embedded'}")
+
+
+def _model_at(path: Path) -> Path | None:
+    """The model that a path leads to, of a run its newest; None for anything else."""
+    steps = sorted(p for p in path.glob("step-*") if p.name[5:].isdigit()) if path.is_dir() else []
+    if steps and not _has_weights(path):
+        return steps[-1]
+    return path if _has_weights(path) or path.suffix == ".safetensors" and path.is_file() else None
 
 
 def _has_weights(folder: Path) -> bool:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from nexus import api, checkpoint
+from nexus import api, checkpoint, stored
 from nexus.errors import DeviceError, ModelError, OutputError
 from nexus.images import write_image
 from nexus.models.cv.vae.vae import VAEConfig
@@ -295,6 +295,13 @@ def test_no_name_is_found_by_accident(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError):
         checkpoint.find(name)
+
+
+def test_a_folder_of_another_kind_does_not_hide_an_embedded_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "music").mkdir()            # the name that the README gives the rendered clips
+    (tmp_path / "music" / "000000.flac").touch()
+    assert checkpoint.find("music") == stored.ZOO / "music"
 
 
 def test_another_system_is_refused(saved):
