@@ -26,6 +26,7 @@ from nexus.images import read_image, read_record
 from nexus.media import Media, to_uint8
 from nexus.requests import SampleRequest
 from nexus.rng import derive
+from nexus.stored import zoo_names
 from nexus.text.conditioner import caption
 from nexus.text.match import match
 
@@ -44,8 +45,9 @@ def evaluate(what: str, *, model: str | None = None, data: str | None = None, sp
     """Numbers on a system, a model or a folder of pictures or sounds, with the protocol that they hold for.
 
     what: a catalog name (with `model`, or its embedded checkpoint), a model's path or zoo name, or a folder of
-    pictures or sounds. data: by default the set that the model was trained on. count: pictures or sounds to make or
-    rebuild (default: one for each held-out one, at most 1,000 pictures or 200 sounds). duration: seconds of a sound.
+    pictures or sounds (./NAME where a model is called so). data: by default the set that the model was trained on.
+    count: pictures or sounds to make or rebuild (default: one for each held-out one, at most 1,000 pictures or 200
+    sounds). duration: seconds of a sound.
     samples: a folder of what was made before, judged in place of new ones. likelihood: bits a dimension of held-out
     pictures under a model on pixels, in place of numbers on samples. extractor: "lite0" or "inception" of pictures,
     "mel" or "whisper" of sounds. sheet: a picture file to write, of the worst and best beside real ones.
@@ -111,10 +113,11 @@ def _extractor(settings: Settings) -> Extractor:
 
 
 def _holds_pictures(what: str) -> bool:
-    """A folder that is no model and no run."""
+    """A folder that is no model and no run; a system's or embedded model's name means that, and ./name the folder."""
     path = Path(what)
     ours = ("config.json", "model.safetensors")
-    return what not in catalog.CATALOG and path.is_dir() and not any((path / name).exists() for name in ours)
+    known = what in catalog.CATALOG or what in zoo_names()
+    return not known and path.is_dir() and not any((path / name).exists() for name in ours)
 
 
 def _facts(held: ImageSet, data: str, settings: Settings) -> dict:
