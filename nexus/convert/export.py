@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import partial, reduce
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -150,9 +150,15 @@ def _lost(config: dict, layout: Layout, shapes: dict[str, tuple], described: dic
         if last in ours:
             node[last] = ours[last]
     read = catalog.config_class(layout.system).parse(back).to_json()
-    # The network itself is the layout's business: it holds it, in its own words, or refuses to be written.
+    # The rest of the network is the layout's business: it holds it, in its own words, or refuses to be written.
     outside = {key: value for key, value in config.items() if key != layout.part}
-    return sorted({*asked, *_differing(outside, read)})
+    fixed = {name for name in layout.fixed if _said(config, name) != _said(read, name)}
+    return sorted({*asked, *fixed, *_differing(outside, read)})
+
+
+def _said(config: dict, name: str) -> Any:
+    node, last = entry(config, name)
+    return node.get(last)
 
 
 def _differing(ours: dict, theirs: dict, at: str = "") -> Iterator[str]:

@@ -23,7 +23,8 @@ class Layout(NamedTuple):
     constants(config) -> foreign keys computed from the configuration: compared on the way in, written on the way out.
     auto: whether its keys tell it; False: another layout has the same ones, so this one is read only by its name.
     unsaid(shapes, foreign_config) -> dotted settings the checkpoint does not tell; `config` holds the usual value,
-    or None where there is no usual one and the user has to say.
+    or None where there is no usual one and the user has to say. fixed: dotted settings of the network for which its
+    own readers have one value: named on the way out where the model has another.
     """
 
     name: str
@@ -38,4 +39,5 @@ class Layout(NamedTuple):
     drop: tuple[str, ...] = ()
     constants: Callable[[dict], dict[str, Tensor]] = lambda config: {}
     unsaid: Callable[[Shapes, dict | None], tuple[str, ...]] = lambda shapes, foreign: ()
+    fixed: tuple[str, ...] = ()
     auto: bool = True

@@ -10,9 +10,9 @@ def plain_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """norm(x) * (1 + scale) + shift for x [B, L, D], shift and scale [B, D]. adaLN, Peebles & Xie 2022."""
-    return torch.addcmul(shift[:, None], plain_norm(x), 1 + scale[:, None])
+    return torch.addcmul(shift[:, None], plain_norm(x, eps), 1 + scale[:, None])
 
 
 def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:

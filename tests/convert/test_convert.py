@@ -53,8 +53,9 @@ def test_pt_to_nexus_to_every_layout_and_back(source, tmp_path):
     assert report.config["net"] == NET.to_json() and not report.problems
     assert checkpoint.verify(tmp_path / "native") == []
     convert(tmp_path / "native", tmp_path / "back.pt", to="original")
-    for name, to, said in (("back.safetensors", "original", HEADS), ("folder", "diffusers", [])):
-        convert(tmp_path / "native", tmp_path / name, to=to)
+    for name, to, said in (("back.safetensors", "original", HEADS), ("folder", "diffusers", ["net.freq_shift=0"])):
+        notes = convert(tmp_path / "native", tmp_path / name, to=to).notes
+        assert ("not carried: net.freq_shift" in notes) == (to == "diffusers")      # its sinusoid is another one
         convert(tmp_path / name, tmp_path / f"again-{name}", overrides=said)
         assert digest(tmp_path / f"again-{name}") == digest(tmp_path / "native")
     for back in (torch.load(tmp_path / "back.pt", weights_only=True), load_file(tmp_path / "back.safetensors")):

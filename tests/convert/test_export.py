@@ -174,11 +174,12 @@ def test_a_flow_is_not_passed_off_as_a_model_of_noise(flow, tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-@pytest.mark.parametrize("to, name", [("dit/original", "x.safetensors"), ("dit/diffusers", "x")])
-def test_its_network_goes_out_when_that_is_what_was_asked_for(flow, tmp_path, to, name):
+@pytest.mark.parametrize("to, name, said", [("dit/original", "x.safetensors", "net.heads=2"),
+                                            ("dit/diffusers", "x", "net.freq_shift=0")])
+def test_its_network_goes_out_when_that_is_what_was_asked_for(flow, tmp_path, to, name, said):
     report = convert(flow, tmp_path / name, to=to)
     assert report.layout == to and report.notes[0].startswith("not carried: ") and "prediction" in report.notes[0]
-    back = convert(tmp_path / name, tmp_path / "back", overrides=["net.heads=2"] if name.endswith("s") else [])
+    back = convert(tmp_path / name, tmp_path / "back", overrides=[said])
     assert back.system == "dit" and same(weights(tmp_path / "back"), weights(flow))
     sought = catalog.config_class("dit").parse({"net": DIT, "learned_variance": False}).to_json()
     assert back.config["net"] == sought["net"] and not back.config["learned_variance"]

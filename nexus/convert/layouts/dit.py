@@ -1,8 +1,8 @@
 """DiT: the paper's single file and diffusers' DiTTransformer2DModel folder.
 
 Trap: diffusers repeats the time and label embedders in every block. Trap: it computes the time sinusoid with a
-denominator of 127 instead of the paper's 128 and its folders say norm_eps 1e-5 for 1e-6, so its own output differs
-a little from the paper's on the same weights; this package follows the paper.
+denominator of 127 instead of the paper's 128, and its folders say norm_eps 1e-5 for 1e-6, which only the norm before
+an MLP heeds: its output differs a little from the paper's on the same weights. A model keeps to where it came from.
 """
 
 from torch import Tensor
@@ -88,6 +88,7 @@ def _diffusers_config(shapes: Shapes, foreign: dict | None) -> dict:
         raise ModelError(f"config.json: activation_fn is {said['activation_fn']!r}, a DiT has 'gelu-approximate'")
     net |= {"size": said.get("sample_size", 32),
             "heads": said.get("num_attention_heads", PUBLISHED_HEADS.get(net["hidden"]))}
+    net |= {"freq_shift": 1.0, "mlp_eps": said.get("norm_eps", 1e-5)}
     return {"net": net, "learned_variance": net["learn_sigma"]} | numbered(net)
 
 
@@ -130,13 +131,14 @@ def _diffusers_foreign(config: dict) -> dict:
         "dropout": 0.0, "norm_num_groups": 32, "attention_bias": True, "sample_size": net.size,
         "patch_size": net.patch, "activation_fn": "gelu-approximate", "num_embeds_ada_norm": net.num_classes,
         "upcast_attention": False, "norm_type": "ada_norm_zero", "norm_elementwise_affine": False,
-        "norm_eps": 1e-6,
+        "norm_eps": net.mlp_eps,
     }
 
 
 LAYOUTS = (
     Layout("original", "dit", "net", _original_matches, _original_config, _original_table,
-           unsaid=_original_unsaid, constants=_original_constants),
+           unsaid=_original_unsaid, constants=_original_constants, fixed=("net.freq_shift", "net.mlp_eps")),
     Layout("diffusers", "dit", "net", _diffusers_matches, _diffusers_config, _diffusers_table,
-           _diffusers_foreign, copies=lambda config: config["net"]["depth"], unsaid=_diffusers_unsaid),
+           _diffusers_foreign, copies=lambda config: config["net"]["depth"], unsaid=_diffusers_unsaid,
+           fixed=("net.freq_shift",)),
 )

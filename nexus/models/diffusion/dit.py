@@ -41,6 +41,8 @@ class DiTNetConfig(Config):
     null_class: bool = Field(True, description="one more row, for guidance: label num_classes means none")
     num_styles: int = Field(0, ge=0, description="a second label with a null row of its own; 0 = none")
     learn_sigma: bool = Field(True, description="a second half of channels that sets the variance")
+    freq_shift: float = Field(0.0, ge=0, description="of the time sinusoid: 0 as the paper's code, 1 as diffusers")
+    mlp_eps: float = Field(1e-6, gt=0, description="epsilon of the norm before an MLP; diffusers' folders say 1e-5")
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -83,9 +85,9 @@ class DiTNetConfig(Config):
 class DiTBlock(nn.Module):
     """Attention and an MLP, each normalised, shifted, scaled and gated by `mod`: x [B, L, D] -> [B, L, D]."""
 
-    def __init__(self, dim: int, heads: int, mlp: int):
+    def __init__(self, dim: int, heads: int, mlp: int, eps: float):
         super().__init__()
-        self.heads = heads
+        self.heads, self.eps = heads, eps
         self.adaln = nn.Linear(dim, 6 * dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -97,7 +99,7 @@ class DiTBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = mod.chunk(6, -1)
         q, k, v = (split_heads(p, self.heads) for p in self.qkv(modulate(x, shift_a, scale_a)).chunk(3, -1))
         x = gated(x, gate_a, self.proj(merge_heads(attend(q, k, v, identity=identity))))
-        h = F.gelu(self.fc1(modulate(x, shift_m, scale_m)), approximate="tanh")
+        h = F.gelu(self.fc1(modulate(x, shift_m, scale_m, self.eps)), approximate="tanh")
         return gated(x, gate_m, self.fc2(h))
 
 
@@ -114,11 +116,11 @@ class DiT(nn.Module):
         self.layers, self.middle = config.depth, config.depth // 2
         dim = config.hidden
         self.patch = nn.Conv2d(config.in_channels, dim, config.patch, config.patch)
-        self.time = TimestepMLP(TIME_FREQS, dim)
+        self.time = TimestepMLP(TIME_FREQS, dim, shift=config.freq_shift)
         self.label = nn.Embedding(config.num_classes + config.null_class, dim) if config.num_classes else None
         self.style = nn.Embedding(config.num_styles + 1, dim) if config.num_styles else None
         self.blocks = nn.ModuleList(
-            DiTBlock(dim, config.heads, int(dim * config.mlp_ratio)) for _ in range(config.depth))
+            DiTBlock(dim, config.heads, int(dim * config.mlp_ratio), config.mlp_eps) for _ in range(config.depth))
         self.final_adaln = nn.Linear(dim, 2 * dim)
         self.final = nn.Linear(dim, config.patch**2 * config.out_channels)
         start_as_identity(self)
