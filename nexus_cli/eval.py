@@ -43,6 +43,9 @@ def evaluate(
     extractor: Annotated[str | None, option("--extractor", metavar="NAME|FILE", show_default=False,
                                             help="What is compared: lite0, inception (pictures), mel, whisper "
                                                  "(sounds).")] = None,
+    lpips: Annotated[Path | None, option("--lpips", metavar="FILE", show_default=False,
+                                         help="Weights that `nexus convert --to lpips` made: rebuilt pictures are "
+                                              "compared by them too.")] = None,
     batch_size: options.BatchSize = None,
     output: options.OutFile = None,
     force: options.Force = False,
@@ -66,7 +69,8 @@ def evaluate(
         check_target(output, exists="overwrite" if force else "error")
     given = {"data": data, "split": split, "samples": samples, "model": model, "count": num, "seed": seed,
              "steps": steps, "guidance": guidance, "sampler": sampler, "duration": duration, "extractor": extractor,
-             "likelihood": likelihood or None, "batch_size": batch_size, "device": device, "dtype": dtype}
+             "lpips": lpips and str(lpips), "likelihood": likelihood or None, "batch_size": batch_size,
+             "device": device, "dtype": dtype}
     from nexus import api
     with out.guard(), out.tracker(None, "items") as tracker:
         result = api.evaluate(what, progress=lambda done, total: tracker.update(done, text=f"of {total}"),

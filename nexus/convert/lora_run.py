@@ -11,6 +11,7 @@ from nexus.config import Config
 from nexus.convert.lora import adapt
 from nexus.errors import InputError, ModelError, UsageError
 from nexus.nn.lora import LoRAConfig, bake
+from nexus.stored import ZOO
 
 # What a student of another system takes over from its base (LCM-LoRA: Luo et al. 2023, arXiv:2311.05556).
 SHARED = ("net", "codec", "conditioner", "prediction", "path", "learned_variance", "size", "concat")
@@ -27,8 +28,7 @@ def base_of(system: str, given: str | None) -> dict:
     if not given and name not in checkpoint.zoo_names():
         raise UsageError(f"--lora changes a model, and '{system}' has no embedded one", hint="add --init MODEL")
     found = checkpoint.find(name)
-    stays = name in checkpoint.zoo_names() and not Path(name).exists()
-    return {"model": name if stays else str(found), "digest": digest(found)}
+    return {"model": name if found.parent == ZOO else str(found), "digest": digest(found)}
 
 
 def digest(path: Path) -> str:

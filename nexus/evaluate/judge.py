@@ -21,7 +21,7 @@ Watch = Callable[[int, int], Any]
 
 
 class Settings(NamedTuple):
-    """What all of an evaluation shares; extractor: None = the usual one of what is judged."""
+    """What all of an evaluation shares; extractor: None = the usual one of what is judged; lpips: its weights' file."""
 
     split: str
     count: int | None
@@ -30,6 +30,7 @@ class Settings(NamedTuple):
     device: str
     sheet: str | Path | None
     watch: Watch
+    lpips: str | None = None
 
 
 class Seen(NamedTuple):

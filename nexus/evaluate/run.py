@@ -23,6 +23,7 @@ from nexus.evaluate.likelihood import analysis, reconstruction
 from nexus.evaluate.pictures import PSNR_MOST
 from nexus.evaluate.sheets import write_sheet
 from nexus.images import read_image, read_record
+from nexus.losses.lpips import opened as lpips_opened
 from nexus.media import Media, to_uint8
 from nexus.requests import SampleRequest
 from nexus.rng import derive
@@ -39,7 +40,7 @@ Generate = Callable[[list[str | None], list[int]], Iterator[np.ndarray]]
 def evaluate(what: str, *, model: str | None = None, data: str | None = None, split: str = "pair",
              count: int | None = None, seed: int = 0, steps: int | None = None, guidance: float | None = None,
              sampler: str | None = None, duration: float | None = None, batch_size: int = 8,
-             extractor: str | None = None, device: str = "auto", dtype: str = "auto",
+             extractor: str | None = None, lpips: str | None = None, device: str = "auto", dtype: str = "auto",
              samples: str | Path | None = None, sheet: str | Path | None = None, likelihood: bool = False,
              generate: Generate | None = None, progress: Watch | None = None) -> dict:
     """Numbers on a system, a model or a folder of pictures or sounds, with the protocol that they hold for.
@@ -50,20 +51,24 @@ def evaluate(what: str, *, model: str | None = None, data: str | None = None, sp
     sounds). duration: seconds of a sound.
     samples: a folder of what was made before, judged in place of new ones. likelihood: bits a dimension of held-out
     pictures under a model on pixels, in place of numbers on samples. extractor: "lite0" or "inception" of pictures,
-    "mel" or "whisper" of sounds. sheet: a picture file to write, of the worst and best beside real ones.
+    "mel" or "whisper" of sounds. lpips: a file of its weights (`nexus convert --to lpips`), by which rebuilt pictures
+    are compared too. sheet: a picture file to write, of the worst and best beside real ones.
     generate(prompts, seeds): how pictures (or sounds [C, T]) are made, by default with the model itself.
     progress(done, total) counts them.
     A number is a float or {"value", "low", "high"}. Raises InputError, ModelError or UsageError.
     """
-    settings = Settings(split, count, seed, extractor, device, sheet, progress or (lambda done, total: None))
+    settings = Settings(split, count, seed, extractor, device, sheet, progress or (lambda done, total: None), lpips)
     folder = samples or (what if _holds_pictures(what) else None)
     sampling = {"steps": steps, "guidance": guidance, "sampler": sampler}
     if folder is not None:
-        _refuse({"model": model, "likelihood": likelihood or None, **sampling}, "what is there already is judged")
+        _refuse({"model": model, "likelihood": likelihood or None, "lpips": lpips, **sampling},
+                "what is there already is judged")
         return _folder(Path(folder), data, duration, settings)
     name = model or (catalog.entry(what).default or what if what in catalog.CATALOG else what)
     described = checkpoint.read_description(checkpoint.find(name))
     system = checkpoint.load(name, device=device, dtype=dtype, system=what if what in catalog.CATALOG else None)
+    if analysis(system) is None:
+        _refuse({"lpips": lpips}, "nothing is rebuilt")
     data = data or described.get("data")
     if not data:
         raise UsageError(f"{name} does not say what it was trained on", hint="name a data set with --data")
@@ -145,7 +150,21 @@ def _rebuilt(system: nn.Module, held: ImageSet, facts: dict, settings: Settings,
         facts["importance_samples"] = system.config.iwae_k
     numbers = {NAMES[key]: mean_interval(v, settings.seed) for key, v in values.items()}
     followed, said = _disentangled(system, held, rows, settings.seed, batch_size)
+    if settings.lpips:
+        numbers["lpips"] = mean_interval(_perceived(held, rows, pictures, settings), settings.seed)
+        facts["lpips"] = f"version 0.1, VGG16, pictures of {held.facts.size} px as they are"
     return {"protocol": facts | how | said, "numbers": numbers | apart | followed}
+
+
+@torch.inference_mode()
+def _perceived(held: ImageSet, rows: list[int], pictures: list[np.ndarray], settings: Settings) -> torch.Tensor:
+    """LPIPS [N] between pictures of a set and rebuilt ones."""
+    device = checkpoint.pick_device(settings.device)
+    net = lpips_opened(settings.lpips, device)
+
+    def shown(x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(x)).to(device).permute(2, 0, 1)[None] / 127.5 - 1
+    return torch.cat([net(shown(held.get(row)), shown(picture)) for row, picture in zip(rows, pictures, strict=True)])
 
 
 def _disentangled(system: nn.Module, held: ImageSet, rows: list[int], seed: int,

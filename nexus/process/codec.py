@@ -41,6 +41,11 @@ def encoded(codec: nn.Module | None, x: Tensor) -> Tensor:
 
 def decoded(codec: nn.Module | None, z: Tensor) -> Tensor:
     """The inverse of `encoded`, clipped to [-1, 1], float32."""
+    return unclipped(codec, z).clamp(-1, 1)
+
+
+def unclipped(codec: nn.Module | None, z: Tensor) -> Tensor:
+    """The same with what overshoots, for losses: where a value is clipped, no gradient passes."""
     if codec is not None:
         z = codec.decode(z.to(next(codec.parameters()).dtype))
-    return z.float().clamp(-1, 1)
+    return z.float()

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from nexus.config import Config
 from nexus.errors import InputError, UsageError
+from nexus.losses import lpips
 from nexus.media import Media
 from nexus.phase import Phase
 from nexus.process import coupling, samplers
-from nexus.process.codec import CodecConfig, decoded, encoded
+from nexus.process.codec import CodecConfig, decoded, encoded, unclipped
 from nexus.process.concat import AnyConcat, training_picture
 from nexus.process.likelihood import hybrid_vlb
 from nexus.process.outpaint import sized
@@ -168,6 +169,11 @@ class Diffusion(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """The inverse of `encode`, clipped to [-1, 1]."""
         return decoded(self.codec, z)
+
+    def perceived(self, file: str, x: Tensor, y: Tensor, pooling: Literal["max", "avg"] = "max") -> Tensor:
+        """The LPIPS distance [B] of what x and y [B, C, H, W] are as pictures, with the weights in a file."""
+        net = lpips.opened(file, x.device, pooling)
+        return net(*(lpips.enlarged(unclipped(self.codec, z)) for z in (x, y)))
 
     def loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """Mean squared error of the prediction; with a learned variance, iDDPM's hybrid loss."""

@@ -110,7 +110,8 @@ class Consistency(Diffusion):
             with torch.no_grad():
                 return c.jump(slow, pair.near, pair.s, pair.cond)
         here, there = replayed(lambda: c.jump(self.net, pair.x, pair.t, pair.cond), target, x0.device)
-        far = DISTANCES[c.distance](here, there, c.huber_c)
+        far = (self.perceived(c.lpips, here, there, "avg") if c.distance == "lpips" else
+               DISTANCES[c.distance](here, there, c.huber_c))
         return {"loss": (far * pair.weight).mean(), "distance": far.detach().mean()}
 
     def used_settings(self, request: SampleRequest) -> dict:

@@ -5,13 +5,14 @@ f(x, sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, 250 ln sigma), the
 from an EDM teacher (CD) or learned from the data alone (CT, iCT).
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from nexus.errors import ModelError, UsageError
+from nexus.losses.lpips import NEEDED
 from nexus.models.diffusion.unet import UNetConfig
 from nexus.process import consistency as cm
 from nexus.process import edm
@@ -63,7 +64,8 @@ class ConsistencyConfig(JumpConfig):
     scales: noise levels N(k): `s0` throughout ("fixed"), growing from s0 to s1 over `total` training steps with the
     square root of time ("progressive", CT) or by doubling ("doubling", iCT). levels: which of them are drawn.
     target: how the slow copy follows: a fixed decay mu, the one that goes with the levels ("adaptive", CT), or none
-    (iCT: the network itself). weighting: "uniform", or 1 over the gap of the two levels ("gap", iCT).
+    (iCT: the network itself). distance: how far apart jumps end; "lpips" as the paper's best, with the weights in the
+    file `lpips`. weighting: "uniform", or 1 over the gap of the two levels ("gap", iCT).
     """
 
     net: UNetConfig = UNetConfig()
@@ -82,7 +84,14 @@ class ConsistencyConfig(JumpConfig):
     target: Literal["none", "fixed", "adaptive"] = "none"
     mu: float = Field(0.95, gt=0, lt=1)
     weighting: Literal["uniform", "gap"] = "gap"
-    distance: Literal[tuple(cm.DISTANCES)] = "pseudo-huber"
+    distance: Literal[(*cm.DISTANCES, "lpips")] = "pseudo-huber"
+    lpips: str = ""
+
+    @model_validator(mode="after")
+    def _lpips_has_weights(self) -> Self:
+        if self.distance == "lpips" and not self.lpips:
+            raise ValueError(NEEDED)
+        return self
 
     def count(self, step: int) -> int:
         """N(k), the noise levels at a training step."""

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from nexus.errors import InputError, ModelError
+from nexus.losses import lpips
 from nexus.losses.perceptual import edge_distance
 from nexus.models.diffusion.dit import DiTConfig, DiTNetConfig
 from nexus.models.diffusion.dit_llama import LlamaDiTConfig
@@ -47,7 +48,8 @@ class RectifiedFlowConfig(DiffusionConfig):
     the k times of a k-step Euler run only (k = 1: pure noise). teacher: a model; a student starts as it.
     pairs: how many are made, in the run folder, before the first step; or a folder that holds some.
     pair_sampler, pair_steps, pair_guidance: how the teacher makes them (None = its own guidance).
-    distance: "l2" or "l1" of velocities; "edges" adds to l2 the edge distance of the one-step results.
+    distance: "l2" or "l1" of velocities; "edges" adds to l2 the edge distance of the one-step results; "lpips" is that
+    of these results alone, as the paper distils, with the weights in the file `lpips`.
     tolerance: dopri5's, relative and absolute. spread: the sampler "euler" adds noise of (1 - s) spread (0 = none).
     edit: how `--image` starts: "invert" runs the flow backwards from it, "noise" mixes it with noise (SDEdit).
     straightness_every: S is logged at the steps that are multiples of this; 0 = never.
@@ -67,7 +69,8 @@ class RectifiedFlowConfig(DiffusionConfig):
     pair_steps: int = Field(100, ge=1)
     pair_guidance: float | None = Field(None, ge=0)
     k: int = Field(1, ge=1)
-    distance: Literal["l2", "l1", "edges"] = "l2"
+    distance: Literal["l2", "l1", "edges", "lpips"] = "l2"
+    lpips: str = ""
     tolerance: float = Field(1e-5, gt=0, lt=1)
     spread: float = Field(0.0, ge=0)
     edit: Literal["invert", "noise"] = "invert"
@@ -77,6 +80,8 @@ class RectifiedFlowConfig(DiffusionConfig):
     def _has_pairs(self) -> Self:
         if self.stage != "flow" and not self.teacher and isinstance(self.pairs, int):
             raise ValueError(f"stage {self.stage} needs a teacher, or pairs=FOLDER")
+        if self.distance == "lpips" and not self.lpips:
+            raise ValueError(lpips.NEEDED)
         if self.spread and self.path.kind != "straight":
             raise ValueError("spread needs path.kind straight")
         return self
@@ -151,6 +156,8 @@ class RectifiedFlow(Diffusion):
         the settings, not on the kill.
         """
         c = self.config
+        if c.distance == "lpips":           # before the pairs, which take long, are made for nothing
+            lpips.opened(c.lpips, next(self.net.parameters()).device)
         if c.stage == "flow":
             return None
         if not c.makes_pairs:
@@ -229,9 +236,12 @@ class RectifiedFlow(Diffusion):
         off = out - target(c.path, "flow", x1, z0, t)
         error = off.abs() if c.distance == "l1" else off.square()
         values = {"loss": (error.flatten(1).mean(1) * self._weight(t)).mean()}
+        jumped = x1 + over(state, off) * off                            # one step from x misses x1 by state x off
         if c.distance == "edges":
-            edges = edge_distance(x1 + over(state, off) * off, x1)      # one step from x misses x1 by state x off
+            edges = edge_distance(jumped, x1)
             values = {"loss": values["loss"] + edges, "l2": values["loss"], "edges": edges}
+        if c.distance == "lpips":
+            values = {"loss": self.perceived(c.lpips, jumped, x1).mean(), "l2": values["loss"].detach()}
         if c.straightness_every and (step + 1) % c.straightness_every == 0:
             values["straightness"] = self._measured(cond, torch.randn(x1[:WATCHED].shape, generator=rng).to(x1)).mean()
         return values

@@ -6,6 +6,7 @@ from torch import Tensor
 from nexus.config import Config
 from nexus.errors import InputError
 from nexus.images import fitted, read_image
+from nexus.losses import lpips
 from nexus.losses.kl import free_bits, ramp
 from nexus.losses.perceptual import edge_distance
 from nexus.naming import flag_of
@@ -34,10 +35,11 @@ def rate_cost(config: Config, kl: Tensor, step: int) -> Tensor:
 
 
 def extra_terms(config: Config, shown: Tensor, x: Tensor) -> Tensor | float:
-    """l1_weight, l2_weight and edge_weight times their distances between rebuilt pictures and x, a mean a value."""
+    """The weights of a config times their distances between rebuilt pictures and x, a mean a value."""
     terms = ((config.l1_weight, lambda: (shown - x).abs().mean()),
              (config.l2_weight, lambda: (shown - x).square().mean()),
-             (config.edge_weight, lambda: edge_distance(shown, x)))
+             (config.edge_weight, lambda: edge_distance(shown, x)),
+             (config.lpips_weight, lambda: lpips.opened(config.lpips, x.device)(shown, x).mean()))
     return sum(weight * term() for weight, term in terms if weight)
 
 

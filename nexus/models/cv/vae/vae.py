@@ -12,6 +12,7 @@ from nexus.codecs.kl_image import KLConfig
 from nexus.codecs.vq_image import VQConfig
 from nexus.config import Config
 from nexus.losses.kl import kl_standard, log_likelihood, sample_gaussian
+from nexus.losses.lpips import NEEDED
 from nexus.media import Media
 from nexus.models.cv.vae.critic import CriticConfig, deceive, judge
 from nexus.models.cv.vae.flat import ConvVAEConfig, MLPVAEConfig
@@ -35,7 +36,8 @@ class VAEConfig(Config):
     spread: standard deviation (gaussian) or scale (laplace) of a pixel around the output, in units of [-1, 1].
     kl_warmup_steps: beta rises from 0 over these. free_bits: nats each latent may hold at no cost.
     capacity: nats; when set, the cost is beta * |KL - C|, C rising from 0 to it over capacity_steps (Burgess 2018).
-    l1_weight, l2_weight, edge_weight: further reconstruction terms, each a mean over values times their number.
+    l1_weight, l2_weight, edge_weight: further reconstruction terms, each a mean over values times their number;
+    lpips_weight is that of the distance whose weights are in the file `lpips` (Rombach et al. 2022: 1).
     per_value: the loss is divided by the number of values in a picture, so a gradient clip means the same at any size.
     critic: a PatchGAN that a picture codec is trained against as well (Rombach et al. 2022); None = none.
     latent_noise: most standard deviation of noise that is added to latents, drawn for each picture from 0 up: a decoder
@@ -90,6 +92,8 @@ class VAEConfig(Config):
     l1_weight: float = Field(0.0, ge=0)
     l2_weight: float = Field(0.0, ge=0)
     edge_weight: float = Field(0.0, ge=0)
+    lpips_weight: float = Field(0.0, ge=0)
+    lpips: str = ""
     per_value: bool = False
     critic: CriticConfig | None = None
     latent_noise: float = Field(0.0, ge=0)
@@ -105,6 +109,12 @@ class VAEConfig(Config):
             raise ValueError("decoder_only and latent_noise: only a KL codec (net.kind=kl) is trained so")
         if self.net.kind == "vq" and self.likelihood == "bernoulli":
             raise ValueError("likelihood: the pixels of a VQ codec are gaussian or laplace")
+        return self
+
+    @model_validator(mode="after")
+    def _lpips_has_weights(self) -> Self:
+        if self.lpips_weight and not self.lpips:
+            raise ValueError(NEEDED)
         return self
 
     @property
