@@ -15,7 +15,8 @@ class KLConfig(Config):
     """Widths and latent scaling of a KL picture codec.
 
     channels: the width at each resolution, halved between one and the next. blocks: residual blocks a resolution
-    (the decoder has one more). patch: pixels folded into channels before the first convolution (1 as published).
+    (the decoder has one more). attention: the resolutions, 0 the largest, that attend after each block. patch: pixels
+    folded into channels before the first convolution (1 as published).
     The latents that other systems see are (z - shift) * scale. size: the side of the pictures, in pixels.
     """
 
@@ -26,6 +27,8 @@ class KLConfig(Config):
         "sdxl-f8": {"scale": 0.13025, "size": 1024},
         "sd3": {"latent_channels": 16, "quant_conv": False, "scale": 1.5305, "shift": 0.0609, "size": 1024},
         "flux": {"latent_channels": 16, "quant_conv": False, "scale": 0.3611, "shift": 0.1159, "size": 1024},
+        "kl-f16": {"latent_channels": 16, "channels": (128, 128, 256, 256, 512), "attention": (4,)},
+        "kl-f32": {"latent_channels": 64, "channels": (128, 128, 256, 256, 512, 512), "attention": (4, 5)},
         "picture-codec": {"channels": (64, 128), "blocks": 1, "patch": 2, "groups": 16, "mid_attention": False,
                           "latent_channels": 8, "quant_conv": False, "size": 64},
     }
@@ -35,6 +38,7 @@ class KLConfig(Config):
     latent_channels: int = Field(4, ge=1)
     channels: tuple[int, ...] = Field((128, 256, 512, 512), min_length=1)
     blocks: int = Field(2, ge=1)
+    attention: tuple[int, ...] = ()
     patch: int = Field(1, ge=1)
     groups: int = Field(32, ge=1)
     eps: float = 1e-6
@@ -48,6 +52,8 @@ class KLConfig(Config):
     def _fits(self) -> Self:
         if bad := [c for c in self.channels if c % self.groups]:
             raise ValueError(f"a width of {bad[0]} does not divide into {self.groups} groups")
+        if bad := [i for i in self.attention if not 0 <= i < len(self.channels)]:
+            raise ValueError(f"attention {bad[0]}: there are resolutions 0 to {len(self.channels) - 1}")
         if self.size % self.factor:
             raise ValueError(f"a side of {self.size} pixels is not a multiple of the codec's factor {self.factor}")
         return self
@@ -72,7 +78,7 @@ class KLConfig(Config):
 
 def halves(config: KLConfig, out: int) -> tuple[KLEncoder, KLDecoder]:
     """The encoder of a picture codec, whose features have `out` channels, and its decoder."""
-    shared = {"patch": config.patch, "attention": config.mid_attention,
+    shared = {"patch": config.patch, "levels": config.attention, "attention": config.mid_attention,
               "norm": {"groups": config.groups, "eps": config.eps}}
     return (KLEncoder(config.in_channels, out, config.channels, config.blocks, **shared),
             KLDecoder(config.latent_channels, config.out_channels, config.channels, config.blocks, **shared))

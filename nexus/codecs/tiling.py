@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus.codecs.kl_blocks import KLDecoder, KLEncoder, Middle
+from nexus.codecs.kl_blocks import KLDecoder, KLEncoder, Middle, Stage
 from nexus.memory import MIN_ROWS, STRIPE_BYTES, tiled
 from nexus.nn.attention import attend, merge_heads, split_heads
 from nexus.nn.resnet import ResBlock, SelfAttention2d
@@ -71,8 +71,7 @@ def encode(encoder: KLEncoder, x: Tensor) -> Tensor:
 def _decode_one(decoder: KLDecoder, z: Tensor) -> Tensor:
     rows = _kept(_middle(decoder.middle, decoder.conv_in(z)))
     for stage in decoder.stages:
-        for block in stage.blocks:
-            rows = _kept(_res(block, rows))
+        rows = _blocks(stage, rows)
         if stage.resample is not None:
             rows = _doubled(stage.resample.conv, rows.kept)
     norm = _norm(decoder.norm_out, rows)
@@ -84,8 +83,7 @@ def _decode_one(decoder: KLDecoder, z: Tensor) -> Tensor:
 def _encode_one(encoder: KLEncoder, x: Tensor) -> Tensor:
     rows = _kept(encoder.conv_in(F.pixel_unshuffle(x, encoder.patch)))
     for stage in encoder.stages:
-        for block in stage.blocks:
-            rows = _kept(_res(block, rows))
+        rows = _blocks(stage, rows)
         if stage.resample is not None:
             rows = _kept(_halved(stage.resample.conv, rows))
     return encoder.conv_out(F.silu(encoder.norm_out(_middle(encoder.middle, rows.kept))))
@@ -167,6 +165,14 @@ def _res(block: ResBlock, rows: Rows) -> Tensor:
             out = h.new_empty(1, h.shape[1], rows.height, rows.width)
         out[:, :, a:b] = h
     return out
+
+
+def _blocks(stage: Stage, rows: Rows) -> Rows:
+    """A stage without its change of resolution."""
+    for block, attention in stage.pairs():
+        x = _res(block, rows)
+        rows = _kept(x if attention is None else _attention(attention, x))
+    return rows
 
 
 def _middle(middle: Middle, x: Tensor) -> Tensor:

@@ -25,6 +25,11 @@ class VQConfig(KLConfig):
         "tiny-vq": KLConfig.presets["tiny"] | {"quant_conv": True, "latent_channels": 4, "bins": 16, "dim": 4},
         "picture-vq": KLConfig.presets["picture-codec"] | {"quant_conv": True, "bins": 1024, "dim": 8},
         "vq-f4": {"channels": (128, 256, 512), "latent_channels": 3, "bins": 8192, "dim": 3},
+        "vq-f8": {"channels": (128, 256, 256, 512), "attention": (3,), "latent_channels": 4, "bins": 16384, "dim": 4},
+        "vq-f16": {"channels": (128, 128, 256, 256, 512), "attention": (4,), "latent_channels": 8, "bins": 16384,
+                   "dim": 8},
+        "vqgan-imagenet": {"channels": (128, 128, 256, 256, 512), "attention": (4,), "latent_channels": 256,
+                           "bins": 1024, "dim": 256},
     }
     kind: Literal["vq"] = "vq"
     latent_channels: int = Field(3, ge=1)

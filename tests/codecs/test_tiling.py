@@ -7,7 +7,8 @@ from nexus.codecs import tiling
 from nexus.codecs.kl_image import KLConfig, KLImage
 from nexus.memory import tiled
 
-KINDS = [{}, {"quant_conv": True, "mid_attention": True}, {"patch": 2}, {"channels": (8, 8, 16), "blocks": 2}]
+KINDS = [{}, {"quant_conv": True, "mid_attention": True}, {"patch": 2}, {"channels": (8, 8, 16), "blocks": 2},
+         {"channels": (8, 8, 16), "attention": (1, 2), "mid_attention": True}]
 
 
 def codec(**changes) -> KLImage:

@@ -20,9 +20,14 @@ def diffusers_codec(name: str, fields: dict):
     """A random model of diffusers' class of this name."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    levels = len(fields["block_out_channels"])
-    return getattr(diffusers, name)(down_block_types=["DownEncoderBlock2D"] * levels,
-                                    up_block_types=["UpDecoderBlock2D"] * levels, **fields).eval()
+    return getattr(diffusers, name)(**blocks(len(fields["block_out_channels"])) | fields).eval()
+
+
+def blocks(levels: int, attention: tuple[int, ...] = ()) -> dict:
+    """The kinds of blocks of diffusers' codecs, of which some levels attend."""
+    attends = [i in attention for i in range(levels)]
+    return {"down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
+            "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attends)]}
 
 
 def with_ours(model, folder: Path):

@@ -14,7 +14,7 @@ from nexus.convert.convert import convert
 from nexus.convert.keymap import to_foreign, to_native
 from nexus.convert.layouts.kl_image import LAYOUTS
 from nexus.errors import ModelError
-from tests.parity.codecs import assert_same_weights_back, diffusers_codec, near, with_ours
+from tests.parity.codecs import assert_same_weights_back, blocks, diffusers_codec, near, with_ours
 
 CASES = Path(os.environ.get("NEXUS_PARITY") or Path(__file__).parents[2].parent / "shared/parity")
 NOT_OURS = ("latents_mean", "latents_std")               # always null
@@ -25,6 +25,7 @@ CONFIGS = {
                          "layers_per_block": 2, "use_quant_conv": False, "use_post_quant_conv": False,
                          "scaling_factor": 1.5305, "shift_factor": 0.0609},
     "no-attention": {"block_out_channels": (8, 24), "norm_num_groups": 8, "mid_block_add_attention": False},
+    "attends": {"block_out_channels": (8, 16, 24), "norm_num_groups": 4, **blocks(3, (1, 2))},
     "one-level": {"block_out_channels": (32,), "in_channels": 1, "out_channels": 1},
 }
 
@@ -141,7 +142,8 @@ def test_what_no_layout_can_say_is_refused():
 
 def test_settings_that_this_codec_has_not_are_refused():
     good = BY_NAME["diffusers"].foreign_config({"net": KLConfig.preset("sd-f8").to_json()})
-    for bad in ({"use_quant_conv": False}, {"latents_mean": [0.0]}, {"down_block_types": ["AttnDownEncoderBlock2D"]}):
+    for bad in ({"use_quant_conv": False}, {"latents_mean": [0.0]}, {"down_block_types": ["AttnDownEncoderBlock2D"]},
+                {"down_block_types": ["DownBlock2D"]}):
         with pytest.raises(ModelError):
             BY_NAME["diffusers"].config({}, good | bad)
     with pytest.raises(ModelError, match=r"config\.json"):

@@ -18,6 +18,7 @@ RES = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2"}
 NEW_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 OLD_ATTENTION = ("query", "key", "value", "proj_attn")          # files of 2022
 ENDS = ("conv_in", "conv_out")
+DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 CODES = "quantize.embedding.weight"                             # of a VQ codec, which has all other keys of a KL codec
 NETS = {"kl": KLConfig, "vq": VQConfig}
 
@@ -35,15 +36,17 @@ def _diffusers_table(config: dict, *, names: tuple[str, ...] = NEW_ATTENTION) ->
     rows = _middle_rows(config, "")
     for side, stage, way in (("encoder", "down_blocks", "downsamplers"), ("decoder", "up_blocks", "upsamplers")):
         middle = f"{side}.mid_block.attentions.0"
+        inner, theirs = f"{side}.stages.*.attentions.*", f"{side}.{stage}.*.attentions.*"
         rows += [
             *layers(side, side, {**{end: end for end in ENDS}, "norm_out": "conv_norm_out"}),
             *layers(f"{side}.stages.*.blocks.*", f"{side}.{stage}.*.resnets.*", RES | {"skip": "conv_shortcut"}),
             *layer(f"{side}.stages.*.resample.conv", f"{side}.{stage}.*.{way}.0.conv"),
             *layers(f"{side}.middle.block1", f"{side}.mid_block.resnets.0", RES),
             *layers(f"{side}.middle.block2", f"{side}.mid_block.resnets.1", RES),
-            *layer(f"{side}.middle.attention.norm", f"{middle}.group_norm"),
-            *layer(f"{side}.middle.attention.qkv", *(f"{middle}.{name}" for name in names[:3])),
-            *layer(f"{side}.middle.attention.proj", f"{middle}.{names[3]}"),
+            *(row for ours, here in ((f"{side}.middle.attention", middle), (inner, theirs))
+              for row in (*layer(f"{ours}.norm", f"{here}.group_norm"),
+                          *layer(f"{ours}.qkv", *(f"{here}.{name}" for name in names[:3])),
+                          *layer(f"{ours}.proj", f"{here}.{names[3]}"))),
         ]
     return rows
 
@@ -54,20 +57,25 @@ def _original_table(config: dict, *, prefix: str) -> list[Row]:
     count = len(net["channels"]) if net["kind"] in NETS else 4
     rows = _middle_rows(config, prefix)
     for side, level, way in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
-        theirs, attention = f"{prefix}{side}", f"{prefix}{side}.mid.attn_1"
+        theirs = f"{prefix}{side}"
         for i in range(count):
             stage, here = f"{side}.stages.{i}", f"{theirs}.{level}.{i if side == 'encoder' else count - 1 - i}"
             rows += [*layers(f"{stage}.blocks.*", f"{here}.block.*", RES | {"skip": "nin_shortcut"}),
+                     *_original_attention(f"{stage}.attentions.*", f"{here}.attn.*"),
                      *layer(f"{stage}.resample.conv", f"{here}.{way}.conv")]
         rows += [
             *layers(side, theirs, {end: end for end in (*ENDS, "norm_out")}),
             *layers(f"{side}.middle.block1", f"{theirs}.mid.block_1", RES),
             *layers(f"{side}.middle.block2", f"{theirs}.mid.block_2", RES),
-            *layer(f"{side}.middle.attention.norm", f"{attention}.norm"),
-            *layer(f"{side}.middle.attention.qkv", *(f"{attention}.{p}" for p in "qkv"), op="conv_to_linear"),
-            *layer(f"{side}.middle.attention.proj", f"{attention}.proj_out", op="conv_to_linear"),
+            *_original_attention(f"{side}.middle.attention", f"{theirs}.mid.attn_1"),
         ]
     return rows
+
+
+def _original_attention(native: str, foreign: str) -> list[Row]:
+    return [*layer(f"{native}.norm", f"{foreign}.norm"),
+            *layer(f"{native}.qkv", *(f"{foreign}.{p}" for p in "qkv"), op="conv_to_linear"),
+            *layer(f"{native}.proj", f"{foreign}.proj_out", op="conv_to_linear")]
 
 
 def _diffusers_matches(shapes: Shapes, foreign: dict | None, *, old: bool) -> bool:
@@ -85,9 +93,6 @@ def _diffusers_config(shapes: Shapes, foreign: dict | None) -> dict:
     for name, allowed in FIXED.items():
         if foreign.get(name, allowed[0]) not in allowed:
             raise ModelError(f"config.json: {name} is {foreign[name]!r}, this codec has {allowed[0]!r}")
-    kinds = set(foreign.get("down_block_types", ())) | set(foreign.get("up_block_types", ()))
-    if other := kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
-        raise ModelError(f"config.json: this codec has no {min(other)}")
     quant = foreign.get("use_quant_conv", True)
     if foreign.get("use_post_quant_conv", True) != quant:
         raise ModelError("config.json: this codec has both quant_conv and post_quant_conv, or neither")
@@ -95,11 +100,23 @@ def _diffusers_config(shapes: Shapes, foreign: dict | None) -> dict:
     return TRAINED | {"net": {
         "kind": "kl", "in_channels": foreign.get("in_channels", 3), "out_channels": foreign.get("out_channels", 3),
         "latent_channels": foreign.get("latent_channels", 3 if CODES in shapes else 4), "channels": widths,
-        "blocks": foreign.get("layers_per_block", 1), "groups": foreign.get("norm_num_groups", GROUPS),
+        "blocks": foreign.get("layers_per_block", 1), "attention": _attending(foreign),
+        "groups": foreign.get("norm_num_groups", GROUPS),
         "mid_attention": foreign.get("mid_block_add_attention", True), "quant_conv": quant,
         "scale": foreign.get("scaling_factor", 0.18215), "shift": foreign.get("shift_factor") or 0.0,
         "size": _whole(size if isinstance(size, int) else 512, len(widths)),
     } | _codebook(shapes, "")}
+
+
+def _attending(foreign: dict) -> list[int]:
+    """The levels that attend, 0 the largest, by the kinds of blocks; ModelError for other kinds."""
+    down, up = foreign.get("down_block_types", ()), foreign.get("up_block_types", ())
+    if other := {*down, *up} - {*DOWN, *UP}:
+        raise ModelError(f"config.json: this codec has no {min(other)}")
+    found = [i for i, kind in enumerate(down) if kind == DOWN[1]]
+    if found != [i for i, kind in enumerate(reversed(up)) if kind == UP[1]]:
+        raise ModelError("config.json: this codec attends at the same levels on both sides")
+    return found
 
 
 def _codebook(shapes: Shapes, prefix: str) -> dict:
@@ -133,9 +150,6 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 def _original_config(shapes: Shapes, foreign: dict | None, *, prefix: str) -> dict:
     levels = _count(shapes, f"{prefix}encoder.down.{{}}.block.0.conv1.weight")
-    if inner := next((key for key in shapes if key.startswith(f"{prefix}encoder.down.") and ".attn." in key), None):
-        raise ModelError(f"{inner}: this codec has attention in its middle only",
-                         hint="of the public VQ codecs those of factor 4 are so")
     quant = f"{prefix}quant_conv.weight" in shapes
     # Without quant convolutions it is SD3's codec when it lies in a whole file, and FLUX's when it is alone.
     usual = KLConfig.preset("sd-f8" if quant else "sd3" if prefix else "flux")
@@ -145,6 +159,7 @@ def _original_config(shapes: Shapes, foreign: dict | None, *, prefix: str) -> di
         "latent_channels": shapes[f"{prefix}decoder.conv_in.weight"][1],
         "channels": [shapes[f"{prefix}encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
         "blocks": _count(shapes, f"{prefix}encoder.down.0.block.{{}}.conv1.weight"),
+        "attention": [i for i in range(levels) if f"{prefix}encoder.down.{i}.attn.0.norm.weight" in shapes],
         "groups": GROUPS, "mid_attention": f"{prefix}encoder.mid.attn_1.norm.weight" in shapes, "quant_conv": quant,
         "scale": 1.0 if prefix + CODES in shapes else usual.scale, "shift": usual.shift,
         "size": _whole(usual.size, levels),
@@ -183,7 +198,8 @@ def _foreign_config(config: dict) -> dict:
     shared = {
         "_diffusers_version": "0.42.1", "sample_size": net.size,
         "in_channels": net.in_channels, "out_channels": net.out_channels, "latent_channels": net.latent_channels,
-        "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "down_block_types": [DOWN[i in net.attention] for i in range(levels)],
+        "up_block_types": [UP[i in net.attention] for i in reversed(range(levels))],
         "block_out_channels": list(net.channels), "layers_per_block": net.blocks, "act_fn": "silu",
         "norm_num_groups": net.groups, "scaling_factor": net.scale, "mid_block_add_attention": net.mid_attention,
     }

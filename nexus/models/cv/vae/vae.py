@@ -59,7 +59,8 @@ class VAEConfig(Config):
                                                    "decoder_only": True, "latent_noise": 0.5},
         "picture-vq": _CODEC | {"net": VQConfig.presets["picture-vq"] | {"kind": "vq"},
                                 "critic": {"weight": 0.1, "feature_weight": 0.05, "start": 3000}},
-        "vq-f4": _CODEC | {"net": VQConfig.presets["vq-f4"] | {"kind": "vq"}, "critic": {}},
+        **{name: _CODEC | {"net": VQConfig.presets[name] | {"kind": "vq"}, "critic": {}}
+           for name in ("vq-f4", "vq-f8", "vq-f16", "vqgan-imagenet")},
         "mlp-500": {"net": {"kind": "mlp"}, "likelihood": "bernoulli"},
         "beta-vae": {"net": {"kind": "conv", "size": 28, "widths": (32, 64)}, "likelihood": "bernoulli", "beta": 4.0},
         "beta-vae-capacity": {"net": {"kind": "conv", "size": 28, "widths": (32, 64)}, "likelihood": "bernoulli",
@@ -68,7 +69,7 @@ class VAEConfig(Config):
         "beta-vae-emoji": {"net": {"kind": "conv", "channels": 3, "widths": (32, 64, 64, 128), "latents": 32},
                            "likelihood": "gaussian", "spread": 0.3, "beta": 4.0, "kl_warmup_steps": 500},
         **{name: _CODEC | {"net": KLConfig.presets[name] | {"kind": "kl"}}
-           for name in ("sd-f8", "sdxl-f8", "sd3", "flux")},
+           for name in ("sd-f8", "sdxl-f8", "sd3", "flux", "kl-f16", "kl-f32")},
     }
     default_preset: ClassVar[str] = "picture-codec"
     recipes: ClassVar[dict[str, dict]] = {
