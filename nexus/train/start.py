@@ -47,6 +47,8 @@ def resolve(system: str, *, preset: str | None = None, file: dict | None = None,
     whole = preset is None and "format" in file
     fields = ({} if whole else cls.preset(name).to_json()) | file.get("config", {})
     args = TrainArgs.parse(({} if whole else cls.recipes.get(name, {})) | file.get("train", {}))
+    if whole and args.precision == "bfloat16":          # that of the machine it was trained on
+        args = args.model_copy(update={"precision": "auto"})
     return overridden(cls.parse(fields), args, overrides, flags)
 
 

@@ -78,7 +78,9 @@ def test_every_embedded_checkpoint_can_be_trained_again_from_its_settings():
         facts = json.loads(file.read_text())
         config, args = resolve(facts["system"], file=facts)
         assert config == config.parse(facts["config"]), file
-        assert args == args.parse(facts["train"]), file
+        told = args.to_json()
+        assert told.pop("precision") in ("auto", "float32"), file       # not that of the machine it was trained on
+        assert told.items() <= args.parse(facts["train"]).to_json().items(), file
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
