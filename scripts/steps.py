@@ -1,9 +1,10 @@
 """Measure the models of few steps at several numbers of steps, beside their teachers at 30.
 
-    python scripts/steps.py [--count 300] [--teacher consistency=runs/edm]
+    python scripts/steps.py [MODEL...] [--count 300] [--teacher consistency=runs/edm]
 
-Writes scripts/measured/steps.json, which scripts/results.py puts into their pages: {model: {steps: {"kid", "caption
-top-5"}, "teacher": ...}}, on the held-out pairs of the four styles, all numbers of the same prompts and seeds.
+Writes scripts/measured/steps.json, anew or with the numbers of the models that are named in place of their old ones.
+scripts/results.py puts it into their pages: {model: {steps: {"kid", "caption top-5"}, "teacher": ...}}, on the held-out
+pairs of the four styles, all numbers of the same prompts and seeds.
 """
 
 import argparse
@@ -28,12 +29,19 @@ def measured(model: str, steps: int, count: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="all without any")
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--teacher", action="append", default=[], metavar="MODEL=PATH")
     options = parser.parse_args()
+    if unknown := set(options.models) - TEACHERS.keys():
+        parser.error(f"{min(unknown)!r} is unknown, expected some of {', '.join(TEACHERS)}")
     teachers = TEACHERS | dict(text.split("=", 1) for text in options.teacher)
-    found = {"count": options.count}
+    found = json.loads(OUT.read_text("utf-8")) if options.models else {"count": options.count}
+    if found["count"] != options.count:
+        parser.error(f"--count {options.count}: {OUT.name} holds numbers of {found['count']}, which name all models")
     for model, teacher in teachers.items():
+        if options.models and model not in options.models:
+            continue
         found[model] = {"teacher": measured(teacher, TEACHER_STEPS, options.count)}
         for steps in STEPS:
             found[model][str(steps)] = measured(model, steps, options.count)
