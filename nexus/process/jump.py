@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nexus.errors import UsageError
+from nexus.losses import lpips
 from nexus.phase import Phase
 from nexus.process.consistency import DISTANCES, multistep, replayed
 from nexus.process.diffusion import Diffusion, DiffusionConfig, Run
@@ -81,6 +82,8 @@ class Consistency(Diffusion):
 
     def phases(self) -> tuple[Phase, ...]:
         """The network; the target is made here, as training begins, of the weights that the network then has."""
+        if self.config.distance == "lpips":         # a file that is not there is missed before anything is encoded
+            lpips.opened(self.config.lpips, next(self.net.parameters()).device, "avg")
         if self.target is None and self.config.decay(0) is not None:
             self.target = copy.deepcopy(self.net).requires_grad_(False)
         conditioner = self.conditioner if self.config.teacher is None else None

@@ -177,6 +177,14 @@ def test_it_is_asked_for_with_its_weights(config, setting):
         config.parse(setting)
 
 
+@pytest.mark.parametrize("config, setting", [(VAEConfig, {"lpips_weight": 1.0}),
+                                             (ConsistencyConfig, {"distance": "lpips"})])
+def test_a_missing_file_is_missed_before_the_first_step(config, setting):
+    system = config.parse(config.preset("tiny").to_json() | setting | {"lpips": "nowhere.safetensors"}).build()
+    with pytest.raises(ModelError, match=r"nowhere\.safetensors"):
+        system.phases()
+
+
 def test_rebuilt_pictures_are_judged_by_it(file, tmp_path):
     torch.manual_seed(0)
     model = VAEConfig.preset("tiny-codec").build()

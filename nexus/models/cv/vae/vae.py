@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from nexus.codecs.kl_image import KLConfig
 from nexus.codecs.vq_image import VQConfig
 from nexus.config import Config
+from nexus.losses import lpips
 from nexus.losses.kl import kl_standard, log_likelihood, sample_gaussian
-from nexus.losses.lpips import NEEDED
 from nexus.media import Media
 from nexus.models.cv.vae.critic import CriticConfig, deceive, judge
 from nexus.models.cv.vae.flat import ConvVAEConfig, MLPVAEConfig
@@ -115,7 +115,7 @@ class VAEConfig(Config):
     @model_validator(mode="after")
     def _lpips_has_weights(self) -> Self:
         if self.lpips_weight and not self.lpips:
-            raise ValueError(NEEDED)
+            raise ValueError(lpips.NEEDED)
         return self
 
     @property
@@ -155,6 +155,8 @@ class VAE(nn.Module):
 
     def phases(self) -> tuple[Phase, ...]:
         """Encoder and decoder together (or the decoder alone), then the critic."""
+        if self.config.lpips_weight:
+            lpips.opened(self.config.lpips, next(self.net.parameters()).device)
         both = (Phase("vae", self.net.decoder if self.config.decoder_only else self.net, self.loss),)
         return both if self.critic is None else (*both, Phase("critic", self.critic, self.critic_loss))
 
