@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from nexus.atomic import check_target
 from nexus.convert.convert import Report, scratch
 from nexus.convert.detect import opened
-from nexus.convert.export import Target, check_kind, write_file
+from nexus.convert.export import Target, write_file
 from nexus.convert.stream import Lazy, numbers, stored
 from nexus.errors import UsageError
 from nexus.losses.lpips import LPIPS, STAGES
@@ -31,7 +32,7 @@ def convert(src: Path, target: Target, *, check: bool, overrides: Sequence[str])
         if target.path.suffix != ".safetensors":
             raise UsageError(f"'{target.path}': the weights of LPIPS are one .safetensors file",
                              hint="choose another name")
-        check_kind(target, NAME, folder=False)
+        check_target(target.path, exists=target.exists)
     given = dict(each.partition("=")[::2] for each in overrides)
     if surplus := given.keys() - {"heads"}:
         raise UsageError(f"--set {min(surplus)}: LPIPS has no such setting", hint="heads=FILE is the only one")

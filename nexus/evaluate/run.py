@@ -25,6 +25,7 @@ from nexus.evaluate.sheets import write_sheet
 from nexus.images import read_image, read_record
 from nexus.losses.lpips import opened as lpips_opened
 from nexus.media import Media, to_uint8
+from nexus.process.sources import from_uint8
 from nexus.requests import SampleRequest
 from nexus.rng import derive
 from nexus.stored import zoo_names
@@ -163,7 +164,7 @@ def _perceived(held: ImageSet, rows: list[int], pictures: list[np.ndarray], sett
     net = lpips_opened(settings.lpips, device)
 
     def shown(x: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.array(x)).to(device).permute(2, 0, 1)[None] / 127.5 - 1
+        return from_uint8(x).to(device)
     return torch.cat([net(shown(held.get(row)), shown(picture)) for row, picture in zip(rows, pictures, strict=True)])
 
 

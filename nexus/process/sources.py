@@ -21,6 +21,11 @@ class Known(NamedTuple):
     mask: Tensor | None
 
 
+def from_uint8(picture: np.ndarray) -> Tensor:
+    """uint8 [H, W, C], as a file holds it -> float32 [1, C, H, W] in [-1, 1]; the array is copied."""
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
 def read_files(request: SampleRequest, mode: str = "RGB") -> tuple[np.ndarray, np.ndarray | None] | None:
     """The request's picture uint8 [H, W, C] and mask [H, W, 1] as they are in their files, or None without a picture.
 
@@ -54,8 +59,7 @@ def read_known(request: SampleRequest, shape: tuple[int, int, int], config, devi
     width, height = shape[2] * factor, shape[1] * factor
     if request.outpaint is not None:
         files = outpaint.framed(request.outpaint, files, width, height)
-    picture = torch.from_numpy(fitted(files[0], width, height)).permute(2, 0, 1)[None]
-    picture = picture.to(device, torch.float32) / 127.5 - 1
+    picture = from_uint8(fitted(files[0], width, height)).to(device)
     if files[1] is None:
         return Known(picture, None)
     mask = torch.from_numpy(fitted(files[1], width, height, mask=True)).permute(2, 0, 1)[None]

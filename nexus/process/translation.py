@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nexus.errors import UsageError
 from nexus.images import fitted, read_image
+from nexus.process.sources import from_uint8
 from nexus.requests import SampleRequest
 
 LARGE = 1024            # pixels a side, above which a picture is cut into tiles
@@ -32,7 +33,7 @@ def read_source(request: SampleRequest, channels: int) -> Tensor:
         high, wide = array.shape[:2]
         width = request.width or max(1, round(wide * request.height / high))
         array = fitted(array, width, request.height or max(1, round(high * request.width / wide)))
-    return torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return from_uint8(array)
 
 
 def check_direction(direction: str, directions: tuple[str, ...]) -> None:

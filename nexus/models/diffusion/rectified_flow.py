@@ -236,12 +236,13 @@ class RectifiedFlow(Diffusion):
         off = out - target(c.path, "flow", x1, z0, t)
         error = off.abs() if c.distance == "l1" else off.square()
         values = {"loss": (error.flatten(1).mean(1) * self._weight(t)).mean()}
-        jumped = x1 + over(state, off) * off                            # one step from x misses x1 by state x off
+        def jumped() -> Tensor:
+            return x1 + over(state, off) * off                          # one step from x misses x1 by state x off
         if c.distance == "edges":
-            edges = edge_distance(jumped, x1)
+            edges = edge_distance(jumped(), x1)
             values = {"loss": values["loss"] + edges, "l2": values["loss"], "edges": edges}
         if c.distance == "lpips":
-            values = {"loss": self.perceived(c.lpips, jumped, x1).mean(), "l2": values["loss"].detach()}
+            values = {"loss": self.perceived(c.lpips, jumped(), x1).mean(), "l2": values["loss"].detach()}
         if c.straightness_every and (step + 1) % c.straightness_every == 0:
             values["straightness"] = self._measured(cond, torch.randn(x1[:WATCHED].shape, generator=rng).to(x1)).mean()
         return values

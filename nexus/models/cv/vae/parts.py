@@ -10,6 +10,7 @@ from nexus.losses import lpips
 from nexus.losses.kl import free_bits, ramp
 from nexus.losses.perceptual import edge_distance
 from nexus.naming import flag_of
+from nexus.process.sources import from_uint8
 from nexus.requests import ONE_STEP, SampleRequest, refuse
 
 
@@ -52,4 +53,4 @@ def psnr(shown: Tensor, x: Tensor) -> Tensor:
 def read_picture(path: str, size: int, channels: int) -> Tensor:
     """A picture file -> [1, channels, size, size] in [-1, 1]: its middle square. InputError when it cannot be read."""
     array = fitted(read_image(path, mode="L" if channels == 1 else "RGB"), size, size)
-    return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return from_uint8(array)
