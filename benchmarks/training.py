@@ -1,9 +1,11 @@
-"""The README's trainings for 200 steps each: `python benchmarks/training.py [SYSTEM]...` prints a table.
+"""The README's trainings for 200 steps each: `python benchmarks/training.py [--music FOLDER] [SYSTEM]...`.
 
-Nothing else may run meanwhile. Left out are those on a user's own pictures or sounds and those of several processes;
-items/s is the command's own last figure, so it counts neither the start nor the preparation of the data.
+Prints a table. Nothing else may run meanwhile. Left out are those on a user's own pictures and those of several
+processes, and without a folder of clips (`scripts/render_music.py` makes one) those on music; items/s is the command's
+own last figure, so it counts neither the start nor the preparation of the data.
 """
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -14,15 +16,27 @@ from pathlib import Path
 
 STEPS = 200
 README = Path(__file__).resolve().parent.parent / "README.md"
-OWN = re.compile("my-|music/")
+OWN = "my-pictures/"
+MUSIC = "music/"
+ALSO = re.compile(r"# likewise (.+)")
 SPEED = re.compile(r"items_per_second ([0-9.]+)")
 
 
-def commands() -> list[list[str]]:
-    """The arguments of every `nexus train` of the README that needs neither other data nor other processes."""
-    lines = (shlex.split(line, comments=True) for line in README.read_text().splitlines()
-             if line.startswith("nexus train") and "--run" in line and not OWN.search(line))
-    return [words[1:] for words in lines]
+def commands(music: Path | None) -> list[list[str]]:
+    """The arguments of every `nexus train` of the README that needs neither other data nor other processes.
+
+    A comment "likewise a, b" stands for the same command with a and b for its system.
+    """
+    found = []
+    for line in README.read_text().splitlines():
+        if not line.startswith("nexus train") or "--run" not in line or OWN in line or (MUSIC in line and not music):
+            continue
+        words = shlex.split(line, comments=True)[1:]
+        found.append(words)
+        for system in also[1].split(", ") if (also := ALSO.search(line)) else ():
+            found.append([system if word == words[1] else word.replace(f"runs/{words[1]}", f"runs/{system}")
+                          for word in words])
+    return found
 
 
 def measured(arguments: list[str], folder: str) -> str:
@@ -37,14 +51,20 @@ def measured(arguments: list[str], folder: str) -> str:
     return f"| `{shown}` | {said} | {seconds:.0f} | {made.returncode} |"
 
 
-def main(wanted: list[str]) -> None:
+def main() -> None:
     """Every training in turn, or those of some systems."""
-    print(f"| command, with --steps {STEPS} | pictures/s | s in all | exit code |\n|---|---|---|---|")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("systems", nargs="*", metavar="SYSTEM")
+    parser.add_argument("--music", type=Path, metavar="FOLDER", help="clips for the trainings on music")
+    given = parser.parse_args()
+    print(f"| command, with --steps {STEPS} | items/s | s in all | exit code |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for arguments in commands():
-            if not wanted or arguments[1] in wanted:
+        if given.music:
+            (Path(folder) / MUSIC).symlink_to(given.music.resolve())
+        for arguments in commands(given.music):
+            if not given.systems or arguments[1] in given.systems:
                 print(measured(arguments, folder), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -13,7 +13,7 @@ from nexus.errors import UsageError
 from nexus.naming import flag_of
 
 SAMPLERS = ("ddpm", "ddim", "euler", "euler-a", "heun", "midpoint", "rk4", "dopri5", "dpmpp-2m", "dpmpp-2m-sde",
-            "dpmpp-3m-sde", "unipc", "lms", "pndm")
+            "dpmpp-3m-sde", "unipc", "lms", "pndm", "sa-solver")
 GUIDANCE_KINDS = ("cfg", "cfg-zero", "apg", "pag", "slg", "autoguidance", "classifier")
 NEEDS_KIND = {"guide_model": ("autoguidance", "classifier"), "apg": ("apg",), "perturb_layers": ("pag", "slg"),
               "perturb_scale": ("pag", "slg"), "zero_init": ("cfg-zero",)}

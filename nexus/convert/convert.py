@@ -49,16 +49,17 @@ def convert(src: Path, dst: Path, *, to: str | None = None, read_as: str | None 
     """Convert `src` to `dst`: a foreign checkpoint to a Nexus folder, or with `to` to the layout of that name.
 
     src: a path, or the name of an embedded model. read_as: the layout that src follows, where its keys alone do not
-    tell. Layouts are called NAME or SYSTEM/NAME; `to` "lpips" makes the file of that distance of a public VGG16. check:
-    read and compare everything, write nothing, and list the problems instead of raising the first one. overrides:
-    KEY=VALUE settings that the checkpoint does not tell.
+    tell. Layouts are called NAME or SYSTEM/NAME; `to` "lpips" makes the file of that distance of a public VGG16, and
+    "efficientnet" that of the features of projected GANs. check: read and compare everything, write nothing, and list
+    the problems instead of raising the first one. overrides: KEY=VALUE settings that the checkpoint does not tell.
     exists: "error" or "overwrite". shard: bytes above which a folder's weights are split into several files.
     Raises ModelError (bad source), UsageError (bad `to`, name or override) and OutputError (bad `dst`).
     """
-    from nexus.convert import lpips, pipeline  # they stand on what this file has
+    from nexus.convert import efficientnet, lpips, pipeline  # they stand on what this file has
     target = Target(dst, exists, shard)
-    if to == lpips.NAME:
-        return lpips.convert(src, target, check=check, overrides=overrides)
+    for one in (lpips, efficientnet):                   # networks that others look through, each one file
+        if to == one.NAME:
+            return one.convert(src, target, check=check, overrides=overrides)
     if not read_as and (whole := pipeline.convert(src, target, to=to, check=check, overrides=overrides)):
         return whole
     if not check and to in (None, "nexus"):

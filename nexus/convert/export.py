@@ -194,6 +194,13 @@ def check_kind(target: Target, name: str, folder: bool) -> None:
     check_target(target.path, exists=target.exists, folder=folder)
 
 
+def check_file(target: Target, what: str) -> None:
+    """UsageError where `what`, which is one .safetensors file, is given another name; OutputError as check_kind."""
+    if target.path.suffix != ".safetensors":
+        raise UsageError(f"'{target.path}': {what} are one .safetensors file", hint="choose another name")
+    check_target(target.path, exists=target.exists)
+
+
 def save(target: Target, model: Model, *, facts: dict | None = None,
          files: Mapping[str, Payload] | None = None) -> None:
     """Write a Nexus folder, with other files in it; facts: what the way back needs to know."""

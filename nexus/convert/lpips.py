@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from nexus.atomic import check_target
 from nexus.convert.convert import Report, scratch
 from nexus.convert.detect import opened
-from nexus.convert.export import Target, write_file
+from nexus.convert.export import Target, check_file, write_file
 from nexus.convert.stream import Lazy, numbers, stored
 from nexus.errors import UsageError
 from nexus.losses.lpips import LPIPS, STAGES
@@ -29,10 +28,7 @@ _HEAD = re.compile(r"lin([0-4])\.model\.1\.weight")
 def convert(src: Path, target: Target, *, check: bool, overrides: Sequence[str]) -> Report:
     """Write the file, or with `check` only look. Raises ModelError, UsageError and OutputError as `nexus convert`."""
     if not check:
-        if target.path.suffix != ".safetensors":
-            raise UsageError(f"'{target.path}': the weights of LPIPS are one .safetensors file",
-                             hint="choose another name")
-        check_target(target.path, exists=target.exists)
+        check_file(target, "the weights of LPIPS")
     given = dict(each.partition("=")[::2] for each in overrides)
     if surplus := given.keys() - {"heads"}:
         raise UsageError(f"--set {min(surplus)}: LPIPS has no such setting", hint="heads=FILE is the only one")

@@ -49,10 +49,12 @@ def convert(src: Path, target: Target, *, to: str | None, check: bool, overrides
 
 def _pipeline(described: dict) -> str | None:
     """The class of pipeline that a model was, or that it can be written as."""
-    found = (described.get("layouts") or {}).get("pipeline")
+    found, config = (described.get("layouts") or {}).get("pipeline"), described["config"]
     if found is None and described["system"] == "sd":
-        recipe = described["config"]["conditioner"].get("recipe")
-        return "StableDiffusionXLPipeline" if recipe == "sdxl" else "StableDiffusionPipeline"
+        return "StableDiffusionXLPipeline" if config["conditioner"].get("recipe") == "sdxl" \
+            else "StableDiffusionPipeline"
+    if found is None and config.get("path", {}).get("kind") == "instaflow":
+        return "RectifiedFlowPipeline"
     return found if found in pipelines.KINDS else None
 
 

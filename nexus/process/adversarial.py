@@ -21,6 +21,7 @@ from nexus.nn.dcgan import DCCriticConfig, DCGeneratorConfig
 from nexus.nn.diffaugment import Policy, diff_augment
 from nexus.nn.gan_blocks import frozen
 from nexus.nn.gan_resnet import LATENT_CRITIC, LATENT_NET, ResCriticConfig, ResGeneratorConfig
+from nexus.nn.projected import ProjectedCritic, ProjectedCriticConfig
 from nexus.phase import Phase
 from nexus.process.codec import SHARED_CODEC, CodecConfig, decoded, encoded
 from nexus.process.latents import codes
@@ -38,7 +39,7 @@ EMOJI_RECIPE = {"steps": 20_000, "batch_size": 32, "optimizer": "adam", "lr": 2e
                 "cache_latents": True, "shift": 2, "variants": 4}
 
 AnyGenerator = Annotated[DCGeneratorConfig | ResGeneratorConfig, Field(discriminator="kind")]
-AnyCritic = Annotated[DCCriticConfig | ResCriticConfig, Field(discriminator="kind")]
+AnyCritic = Annotated[DCCriticConfig | ResCriticConfig | ProjectedCriticConfig, Field(discriminator="kind")]
 
 
 class AdversarialConfig(Config):
@@ -74,6 +75,8 @@ class AdversarialConfig(Config):
         if widths and 4 * 2 ** (len(widths) - 1) != self.net.size:
             raise ValueError(f"critic.widths: {len(widths)} resolutions are of {4 * 2 ** (len(widths) - 1)} pixels, "
                              f"the generator makes {self.net.size}")
+        if self.codec and isinstance(self.critic, ProjectedCriticConfig):
+            raise ValueError("codec: a projected critic sees pictures, not a codec's latents")
         if getattr(self.critic, "label", "none") != "none" and self.conditioner.kind == "none":
             raise ValueError("critic.label: a critic that sees labels needs conditioner.kind label")
         if (self.r1 or self.r2 or self.gp) and getattr(self.critic, "norm", "none") == "batch":
@@ -124,6 +127,8 @@ class Adversarial(nn.Module):
         """The critic, as often as the game has it, then the generator."""
         c = self.config
         after = (lambda step: clip_weights(self.critic, c.clip)) if c.clip else None
+        if isinstance(self.critic, ProjectedCritic):
+            self.critic.features(next(self.net.parameters()).device)        # a file that is not there is missed now
         return (Phase("critic", self.critic, self.critic_loss, c.critic_steps, after, c.critic_rate),
                 Phase("generator", self.net, self.generator_loss))
 

@@ -44,6 +44,17 @@ class StraightPath(RectifiedPath):
         return t * (1 - self.eps)
 
 
+class InstaFlowPath(RectifiedPath):
+    """InstaFlow's clock, Stable Diffusion's: 1000 at the noise; but its velocity points to the data. Liu et al. 2023,
+    arXiv:2309.06380."""
+
+    kind: Literal["instaflow"] = "instaflow"
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """d alpha/ds, d sigma/ds of s = 1 - t."""
+        return torch.ones_like(t), -torch.ones_like(t)
+
+
 def euler_sde(denoise, x: Tensor, grid: Grid, *, spread: float, noise=torch.randn_like, watch=None) -> Tensor:
     """Euler with fresh noise of (1 - s) x spread a unit of time, on a StraightPath; spread 0 is Euler.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nexus.errors import UsageError
-from nexus.process.adams import lms, pndm
+from nexus.process.adams import lms, pndm, sa_solver
 from nexus.process.predictions import Estimate, x0_part
 from nexus.process.schedules import Grid, intervals
 from nexus.process.solvers import (
@@ -99,9 +99,10 @@ SAMPLERS: dict[str, Callable] = {
     "unipc": unipc,
     "lms": lms,
     "pndm": pndm,
+    "sa-solver": sa_solver,
 }
-ENDS_AT_FIRST = frozenset({"ddim", "pndm"})     # where a path says so (DiscretePath.ends_at_first)
-TAKES_ETA = frozenset({"ddim", "euler-a", "dpmpp-2m-sde", "dpmpp-3m-sde"})
+ENDS_AT_FIRST = frozenset({"ddim", "pndm", "sa-solver"})        # where a path says so (DiscretePath.ends_at_first)
+TAKES_ETA = frozenset({"ddim", "euler-a", "dpmpp-2m-sde", "dpmpp-3m-sde", "sa-solver"})
 TAKES_NOISE = TAKES_ETA | {"ddpm"}
 
 

@@ -66,7 +66,7 @@ def dopri5(denoise, x: Tensor, grid: Grid, *, rtol: float = 1e-4, atol: float = 
     x = wide(x)
     if grid.steps == 0:
         return x
-    path = _path(grid)
+    path = path_of(grid)
     first = next(intervals(grid))
     start, end = first.s / (first.a + first.s), _w(path, torch.tensor(path.ends()[1], dtype=torch.float64)).item()
     last = x
@@ -112,10 +112,10 @@ def unipc(denoise, x: Tensor, grid: Grid, *, watch=None) -> Tensor:
     x, before, anchor, old, older = wide(x), None, None, None, None
     for step in intervals(grid):
         x0 = estimate(denoise, x, step.t)
-        if before is not None and math.isfinite(_h(before)):
+        if before is not None and math.isfinite(log_length(before)):
             x = _unipc_step(before, anchor, old, older, x0)
-        known = before is not None and step.s1 > 0 and math.isfinite(_h(before))
-        older = (old, _h(before) / _h(step)) if known else None
+        known = before is not None and step.s1 > 0 and math.isfinite(log_length(before))
+        older = (old, log_length(before) / log_length(step)) if known else None
         before, anchor, old = step, x, x0
         x = _unipc_step(step, x, x0, older)
         if watch:
@@ -125,7 +125,7 @@ def unipc(denoise, x: Tensor, grid: Grid, *, watch=None) -> Tensor:
 
 def _unipc_step(step: Interval, x: Tensor, x0: Tensor, older, new: Tensor | None = None) -> Tensor:
     """From x along one interval. older: (x0 before this one, ratio of its step to this); new: x0 at the far end."""
-    h = _h(step)
+    h = log_length(step)
     b = math.expm1(-h)                              # B2(h), and phi_1
     change = x0 * 1.0
     slope = None if older is None else (x0 - older[0]) / older[1]
@@ -148,7 +148,7 @@ def _dpmpp(denoise, x: Tensor, grid: Grid, order: int, eta: float, noise, watch)
     past: list[tuple[Tensor, float]] = []           # (x0, length of the step it began), newest first
     for step in intervals(grid):
         i, t, _, s, _, a1, s1 = step
-        x0, h = estimate(denoise, x, t), _h(step)
+        x0, h = estimate(denoise, x, t), log_length(step)
         grow = h * (1 + eta)
         x = s1 / s * math.exp(-eta * h if eta else 0.0) * x - a1 * math.expm1(-grow) * x0
         if past and s1 > 0:
@@ -174,7 +174,7 @@ def _dpmpp_correction(x0: Tensor, past, h: float, grow: float, order: int) -> Te
     return phi2 * (slope + bend * (h1 / h)) - (phi2 / grow - 0.5) * bend
 
 
-def _h(step: Interval) -> float:
+def log_length(step: Interval) -> float:
     """The step's length in log(alpha/sigma); infinite from pure noise or to the data."""
     return log_snr(step.a1, step.s1) - log_snr(step.a, step.s)
 
@@ -182,7 +182,7 @@ def _h(step: Interval) -> float:
 def _runge_kutta(denoise, x: Tensor, grid: Grid, tableau: ode.Tableau, watch) -> Tensor:
     x = wide(x)
     for step in intervals(grid):
-        x, x0 = _runge_kutta_step(denoise, x, step, _path(grid), tableau)
+        x, x0 = _runge_kutta_step(denoise, x, step, path_of(grid), tableau)
         if watch:
             watch(step.index, x, x0)
     return x
@@ -225,8 +225,9 @@ def _w(path, t: Tensor) -> Tensor:
     return sigma / (alpha + sigma)
 
 
-def _path(grid: Grid):
+def path_of(grid: Grid):
+    """The path behind a grid; InputError for one that was put together by hand."""
     if grid.path is None:
-        raise InputError("this sampler looks between the grid's times, and the grid has no path",
+        raise InputError("this sampler asks the path behind the grid, and the grid has no path",
                          hint="build the grid with nexus.process.schedules.grid")
     return grid.path

@@ -142,6 +142,21 @@ def test_unipc(steps):
 
 
 @pytest.mark.parametrize("steps", [2, 3, 5, 20])
+def test_sa_solver(steps):
+    """It draws noise in every step and uses it at 200 to 800; it ends at the first of the chain."""
+    scheduler, model, x, draw = diffusers.SASolverScheduler(**CHAIN), mixture(PATH, POINTS, 0.3), start(), noises()
+    scheduler.set_timesteps(steps)
+    g = grid(PATH, PATH.times(steps), to_data=False)
+    scheduler.sigmas = g.sigma / g.alpha                # its weights are differences, of which float32 leaves little
+    drawn = [draw(x) for _ in range(steps)]
+    used = iter([d for d, t in zip(drawn, scheduler.timesteps.tolist(), strict=True) if 200 <= t <= 800])
+    want = theirs(scheduler, model, x, generator=True)
+    got = sample("sa-solver", model, x, g, noise=lambda _: next(used))
+    assert (got - want).abs().max() <= 1e-5 * max(1, want.abs().max().item())
+    assert next(used, None) is None
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5, 20])
 def test_lms(steps):
     check("lms", diffusers.LMSDiscreteScheduler(**CHAIN), steps, ve=True)
 
@@ -282,7 +297,7 @@ def test_rectified_flow_of_the_original_code():
 
 
 @pytest.mark.parametrize("spacing, offset", [("linspace", 0), ("leading", 0), ("leading", 1), ("trailing", 0)])
-@pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler"])
 def test_times_of_multistep_solvers(kind, spacing, offset):
     scheduler = getattr(diffusers, kind)(**CHAIN | {"timestep_spacing": spacing, "steps_offset": offset})
     path = DiscretePath(spacing=spacing, offset=offset, open_end=True)

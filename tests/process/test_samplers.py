@@ -107,6 +107,11 @@ def test_pndm_has_order_three_at_least_on_equal_steps():
     assert 2.65 < math.log2(errors[1] / errors[2]) < 4.35, errors
 
 
+def test_sa_solver_without_noise_has_order_two():
+    errors = [flow_error("sa-solver", PATHS["rectified"], n, eta=0.0) for n in (32, 64, 128)]
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(2, abs=0.35), errors
+
+
 def test_dpmpp_3m_without_noise_beats_2m():
     # the published coefficients take half the curvature, so its order stays 2, with a smaller error
     two, three = ([flow_error(name, RectifiedPath(), n, **eta) for n in (32, 64)]

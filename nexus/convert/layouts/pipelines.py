@@ -38,7 +38,8 @@ VERSION = {"_diffusers_version": "0.42.1"}
 class Kind(NamedTuple):
     """A pipeline class. folder, layout: of its network. recipe: of its text encoders, "" = it has none.
 
-    settings(model_index.json, network) -> what the class adds to the system's configuration. side: of the latent, where
+    settings(model_index.json, network) -> what the class adds to the system's configuration; note: what its user is to
+    know. side: of the latent, where
     the network's config.json tells none. codec: the folder of its codec, "" = it has none. beside: parts that are left
     alone. older: a layout of the network that files of 2022 have.
     """
@@ -53,6 +54,7 @@ class Kind(NamedTuple):
     codec: str = "vae"
     beside: tuple[str, ...] = ()
     older: Layout | None = None
+    note: str = ""
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -69,6 +71,11 @@ def _diffused(index: dict, net: Config) -> dict:
     xl = index["_class_name"].startswith("StableDiffusionXL")
     return {"guidance": 5.0 if xl else 7.5, "concat": inpainting(net),
             "conditioner": {"null": "zeros" if index.get("force_zeros_for_empty_prompt") else "empty"}}
+
+
+def _straight(index: dict, net: Config) -> dict:
+    """InstaFlow's: one step without guidance, as it was distilled."""
+    return {"sampler": "euler", "steps": 1, "guidance": 1.0}
 
 
 def _labelled(index: dict, net: Config) -> dict:
@@ -96,6 +103,9 @@ PIXELS = Kind("ddpm", "unet", named(unet.LAYOUTS, "diffusers"), schedulers.DISCR
               older=named(unet.LAYOUTS, "diffusers-2022"))
 SD = Kind("sd", "unet", UNET, schedulers.DISCRETE, "sd", _diffused, beside=("safety_checker", *PICTURES))
 XL = SD._replace(recipe="sdxl", beside=PICTURES)
+INSTAFLOW = SD._replace(
+    system="rectified-flow", layout=UNET._replace(system="rectified-flow"), scheduler=schedulers.INSTAFLOW,
+    settings=_straight, note="a 2-rectified flow, not yet distilled, wants --set steps=25 --set guidance=1.5")
 KINDS = {f"{base}{way}Pipeline": kind for base, kind in (("StableDiffusion", SD), ("StableDiffusionXL", XL))
          for way in ("", "Img2Img", "Inpaint")} | {
     "StableDiffusion3Pipeline": Kind("mmdit", "transformer", MMDIT, schedulers.SD3, "sd3", beside=PICTURES),
@@ -108,6 +118,7 @@ KINDS = {f"{base}{way}Pipeline": kind for base, kind in (("StableDiffusion", SD)
                         settings=_labelled),
     "ConsistencyModelPipeline": Kind("consistency", "unet", named(consistency.LAYOUTS, "diffusers"),
                                      schedulers.CONSISTENCY, codec=""),
+    "RectifiedFlowPipeline": INSTAFLOW, "InstaFlowPipeline": INSTAFLOW,
     "DDPMPipeline": PIXELS, "DDIMPipeline": PIXELS, "LDMPipeline": PIXELS._replace(codec="vqvae"),
 }
 
@@ -146,7 +157,7 @@ def read(src: Path, stack: ExitStack, scratch: Path | None, overrides: list[str]
     files = _text_files(src, kind, stack, scratch)
     files |= {f"{HOME}/{schedulers.FILE}": scheduler, f"{HOME}/{MANIFEST}": src / MANIFEST}
     return Whole(kind.system, "diffusers", data, pieces, files, facts, assumed=assumed,
-                 notes=(*_left_alone(kind, index), *notes))
+                 notes=(*_left_alone(kind, index), *notes, *filter(None, [kind.note])))
 
 
 def _scheduler(src: Path) -> Path:

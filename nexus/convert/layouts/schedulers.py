@@ -12,14 +12,18 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SAMPLERS = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm", "DDPMScheduler": "ddpm",
             "EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler-a",
             "HeunDiscreteScheduler": "heun", "DPMSolverMultistepScheduler": "dpmpp-2m",
-            "UniPCMultistepScheduler": "unipc", "LMSDiscreteScheduler": "lms"}
+            "UniPCMultistepScheduler": "unipc", "LMSDiscreteScheduler": "lms", "SASolverScheduler": "sa-solver"}
 LEADING = ("DDIMScheduler", "PNDMScheduler", "DDPMScheduler")       # what they do unless config.json says otherwise
-MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # of N + 1 times the cleanest is left out
+# Of N + 1 times these leave the cleanest out.
+MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler")
 # What a multistep solver has in one value only here (absent counts as it).
-USUAL = {"solver_order": 2, "solver_type": None, "final_sigmas_type": "zero", "thresholding": False,
+USUAL = {"solver_order": 2, "final_sigmas_type": "zero", "thresholding": False,
          "lambda_min_clipped": None, "predict_x0": True, "use_lu_lambdas": False, "use_exponential_sigmas": False,
          "use_beta_sigmas": False, "use_flow_sigmas": False, "euler_at_final": False, "disable_corrector": []}
-SOLVERS = {"DPMSolverMultistepScheduler": "midpoint", "UniPCMultistepScheduler": "bh2"}
+SOLVERS = {"DPMSolverMultistepScheduler": {"solver_type": "midpoint"},
+           "UniPCMultistepScheduler": {"solver_type": "bh2"},
+           "SASolverScheduler": {"predictor_order": 2, "corrector_order": 2, "algorithm_type": "data_prediction",
+                                 "tau_func": None, "lower_order_final": True}}
 # FLUX's and SD3's scheduler: what it has in one value only here.
 FLOW = {"num_train_timesteps": 1000, "base_image_seq_len": 256, "max_image_seq_len": 4096, "invert_sigmas": False,
         "shift_terminal": None, "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
@@ -46,7 +50,7 @@ def _chain(said: dict) -> dict:
 
 def _read_discrete(said: dict) -> tuple[dict, tuple[str, ...]]:
     kind = said.get("_class_name")
-    short = kind == "PNDMScheduler" or kind == "DDIMScheduler"
+    short = kind in ("PNDMScheduler", "DDIMScheduler", "SASolverScheduler")
     path = {"kind": "discrete"} | _chain(said) | {
         "offset": said.get("steps_offset", 0), "open_end": kind in MULTISTEP,
         "spacing": said.get("timestep_spacing", "leading" if kind in LEADING else "linspace"),
@@ -66,7 +70,7 @@ def _read_discrete(said: dict) -> tuple[dict, tuple[str, ...]]:
     if kind == "DDIMScheduler" and settings["clip"]:
         notes.append("DDIMPipeline gives the same with use_clipped_model_output=True")
     if kind in MULTISTEP:
-        usual = USUAL | {"solver_type": SOLVERS[kind]}
+        usual = USUAL | SOLVERS[kind]
         notes += [f"the scheduler's {name} {said[name]} is not carried" for name in usual
                   if said.get(name, usual[name]) not in (usual[name], "-inf", float("-inf"))]
     return settings, tuple(notes)
@@ -145,9 +149,19 @@ def _write_consistency(config: Config) -> dict:
             "sigma_data": path.sigma_data, "rho": path.rho, "s_noise": 1.0, "clip_denoised": config.clip}
 
 
+def _read_instaflow(said: dict) -> tuple[dict, tuple[str, ...]]:
+    """Its pipeline keeps Stable Diffusion's scheduler, and asks it nothing."""
+    return {"path": {"kind": "instaflow"}}, ()
+
+
+def _write_instaflow(config: Config) -> dict:
+    return {"_class_name": "PNDMScheduler", "_diffusers_version": "0.42.1", "skip_prk_steps": True}
+
+
 def _flow(path: str) -> Family:
     return Family(lambda said: _read_flow(said, path=path), _write_flow)
 
 
 DISCRETE, SD3, FLUX = Family(_read_discrete, _write_discrete), _flow("sd3"), _flow("rectified")
+INSTAFLOW = Family(_read_instaflow, _write_instaflow)
 LATENT_CONSISTENCY, CONSISTENCY = Family(_read_lcm, _write_lcm), Family(_read_consistency, _write_consistency)

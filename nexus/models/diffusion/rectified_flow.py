@@ -1,6 +1,7 @@
 """Rectified flow: straight lines from noise to data, straightened again by reflow, one step by distillation.
 
-Liu et al. 2022, arXiv:2209.03003; logit-normal times: Esser et al. 2024, arXiv:2403.03206.
+Liu et al. 2022, arXiv:2209.03003; with Stable Diffusion's network and words (InstaFlow): Liu et al. 2023,
+arXiv:2309.06380; logit-normal times: Esser et al. 2024, arXiv:2403.03206.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from nexus.codecs.kl_image import KLConfig
 from nexus.errors import InputError, ModelError
 from nexus.losses import lpips
 from nexus.losses.perceptual import edge_distance
@@ -25,11 +27,12 @@ from nexus.process.diffusion import Diffusion, DiffusionConfig, Run
 from nexus.process.guidance import guided
 from nexus.process.paths import DiscretePath, RectifiedPath
 from nexus.process.predictions import clipped, denoiser, noised, over, target
-from nexus.process.rectified import StraightPath
+from nexus.process.rectified import InstaFlowPath, StraightPath
 from nexus.process.schedules import Grid, grid
 from nexus.requests import SampleRequest
 from nexus.rng import ItemNoise, derive, generator
-from nexus.text.conditioner import LabelCondConfig, NoCondConfig
+from nexus.text.conditioner import LabelCondConfig, NoCondConfig, TextCondConfig
+from nexus.text.pretrained import PretrainedCondConfig
 
 TOGETHER = 64           # pairs made at once; fixed, so that the same pairs have the same bytes
 WATCHED = 8             # paths that a training step measures straightness on
@@ -56,9 +59,10 @@ class RectifiedFlowConfig(DiffusionConfig):
     """
 
     net: DiTNetConfig | NCSNppConfig | LlamaDiTConfig | UNetConfig = NCSNppConfig()
-    path: Annotated[StraightPath | RectifiedPath, Field(discriminator="kind")] = StraightPath()
+    path: Annotated[StraightPath | InstaFlowPath | RectifiedPath, Field(discriminator="kind")] = StraightPath()
     prediction: Literal["flow"] = "flow"
-    conditioner: LabelCondConfig | NoCondConfig = Field(NoCondConfig(), discriminator="kind")
+    conditioner: LabelCondConfig | TextCondConfig | PretrainedCondConfig | NoCondConfig = Field(
+        NoCondConfig(), discriminator="kind")
     concat: None = None                 # not every network here takes a picture as condition
     steps: int = Field(100, ge=1)
     sampler: str = "dopri5"
@@ -103,6 +107,10 @@ class RectifiedFlowConfig(DiffusionConfig):
         "distil": _EMOJI | _TAUGHT | {"stage": "distil", "steps": 1, "distance": "edges"},
         "cifar10": {"net": NCSNppConfig.presets["cifar10"]},
         "celeba-256": {"net": NCSNppConfig.presets["ncsnpp-256"], "size": 256},
+        "instaflow": {"net": UNetConfig.presets["sd15"], "path": {"kind": "instaflow"}, "steps": 1, "sampler": "euler",
+                      "guidance": 1.0, "codec": {"net": KLConfig.presets["sd-f8"]},
+                      "conditioner": {"kind": "pretrained", "recipe": "sd",
+                                      "encoders": ["openai/clip-vit-large-patch14"]}},
         "mnist": {"net": LlamaDiTConfig.presets["mnist"], "steps": 50, "sampler": "euler", "guidance": 2.0,
                   "path": {"kind": "rectified", "time_scale": 1.0, "time_sampling": "logit-normal"},
                   "conditioner": {"kind": "label"}},

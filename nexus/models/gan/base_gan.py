@@ -1,4 +1,5 @@
-"""GAN: DCGAN, and a modern baseline in the spirit of R3GAN. Goodfellow et al. 2014; Radford et al. 2015; Huang 2024."""
+"""GAN: DCGAN, a modern baseline in the spirit of R3GAN, and a game of features. Goodfellow et al. 2014; Radford et al.
+2015; Huang et al. 2024; Sauer et al. 2021 (Projected GAN)."""
 
 from typing import ClassVar
 
@@ -23,6 +24,9 @@ class GANConfig(AdversarialConfig):
         "dcgan": {},
         "emoji": EMOJI,
         "emoji-pixels": _MODERN | {"net": EMOJI_NET, "critic": EMOJI_NET, "r1": 2.0, "r2": 2.0},
+        "emoji-projected": {"net": EMOJI_NET | {"widths": (256, 192, 128, 64, 32), "norm": "batch"}, "loss": "hinge",
+                            "critic": {"kind": "projected", "width": 64},
+                            "augment": ("color", "translation", "cutout")},
         "digits": {"net": {"kind": "dcgan", "size": 32, "channels": 1, "width": 32, "latents": 64},
                    "critic": {"kind": "dcgan", "width": 32, "norm": "none"},
                    "loss": "relativistic", "r1": 1.0, "r2": 1.0},
@@ -36,6 +40,8 @@ class GANConfig(AdversarialConfig):
                   "clip": 0.0},
         "emoji": EMOJI_RECIPE,
         "emoji-pixels": EMOJI_RECIPE | {"final_lr": 0.25, "cache_latents": False, "shift": 0, "variants": 1},
+        "emoji-projected": EMOJI_RECIPE | {"schedule": "constant", "flip": 0.0, "cache_latents": False, "shift": 0,
+                                           "variants": 1},
         "digits": {"steps": 5000, "batch_size": 64, "optimizer": "adam", "lr": 2e-4, "betas": (0.5, 0.99),
                    "clip": 0.0, "ema": 0.998},
     }
