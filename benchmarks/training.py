@@ -19,7 +19,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 OWN = "my-pictures/"
 MUSIC = "music/"
 ALSO = re.compile(r"# likewise (.+)")
-SPEED = re.compile(r"items_per_second ([0-9.]+)")
+SPEED = re.compile(r"([0-9.]+) items/s")
 
 
 def commands(music: Path | None) -> list[list[str]]:

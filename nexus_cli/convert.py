@@ -19,7 +19,8 @@ def convert(
     target: Annotated[Path | None, typer.Argument(metavar="DST", show_default=False,
                                                   help="The folder or file to write (not with --check).")] = None,
     to: Annotated[str | None, option("--to", metavar="LAYOUT", show_default=False,
-                                     help="nexus (the default), diffusers, or another layout.")] = None,
+                                     help="nexus (the default), diffusers, another layout; lpips or efficientnet: a "
+                                          "network that trainings look through.")] = None,
     read_as: Annotated[str | None, option("--from", metavar="LAYOUT", show_default=False,
                                           help="The layout of SRC, if its keys do not tell: openai-thirds.")] = None,
     lora: Annotated[list[str] | None, option("--lora", metavar="FILE[:WEIGHT]", show_default=False,

@@ -13,6 +13,7 @@ from nexus_cli.options import option
 from nexus_cli.output import Output, strict_json
 
 HOW, RUN, SCREEN = "How to train", "The run", "Screen and machine"
+SPEED, SHOWN = "items_per_second", 4            # of a line's numbers: the first, and how many others
 
 
 def train(
@@ -151,9 +152,9 @@ class _Watch:
         total, done = (row.get("of"), row["encoded"]) if encoding else (row.get("steps"), row.get("step"))
         if done is None:
             return
-        shown = [f"{key} {value:.4g}" for key, value in row.items()
-                 if isinstance(value, float) and key not in ("seconds", "time")]
-        self._tracker("encoded" if encoding else "steps", total).update(done, text="  ".join(shown[:5]))
+        speed = [f"{row[SPEED]:.1f} items/s"] if SPEED in row else []
+        shown = [f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float) and key != SPEED]
+        self._tracker("encoded" if encoding else "steps", total).update(done, text="  ".join(speed + shown[:SHOWN]))
 
     def _tracker(self, kind: str, total: int | None):
         if kind != self._kind:

@@ -2,7 +2,7 @@
 
 Song et al. 2023, section 4: the levels of a run of several steps are found one after another, each by ternary search
 for the least distance from real pictures, which takes that distance to fall and then to rise. Prints every distance
-(kernel distance on held-out pairs), then the levels, which `nexus convert MODEL NEW --set path.visits=...` keeps.
+(kernel distance on held-out pairs), then the levels, as the model's config.json holds them.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
         def distance(level: int, before: tuple[int, ...] = visits) -> float:
             return measured(system, options.model, options.data, (*before, level), options.count)
         visits = (*visits, least(distance, visits[-1] + 1, points - options.steps + len(visits)))
-    print(f"path.visits=[{','.join(map(str, visits))}]")
+    print(f'"visits": {list(visits)}')
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ LATENT_CRITIC = {key: LATENT_NET[key] for key in ("kind", "widths", "blocks", "e
 class Block(nn.Module):
     """x [B, C, H, W] + a bottleneck of `inner` channels, grouped; emb [B, E] steers its norms where it has such.
 
-    last: gain of the last convolution at the start; 0 = the block begins as the identity.
+    last: gain of the last convolution at the start; 0 = the block begins as the identity. Spectral norms forbid that: a
+    weight of zeros has no largest singular value to divide by.
     """
 
     def __init__(self, channels: int, inner: int, group: int, norm: Norm, emb: int, depth: int, last: float = 0.0):
@@ -65,7 +66,8 @@ class ResGeneratorConfig(Config):
     """widths: channels of each resolution from 4x4 up, each twice the side of the one before.
 
     blocks: of each resolution. expansion: how much wider a block is inside. group: channels of a group of its 3x3
-    convolution. norm "batch" is steered by the label where there is one.
+    convolution. norm "batch" is steered by the label where there is one. bounded: tanh keeps pictures in [-1, 1].
+    spectral: norms of every layer, without which a bounded generator saturates against a projected critic.
     """
 
     kind: Literal["resnet"] = "resnet"
@@ -75,6 +77,8 @@ class ResGeneratorConfig(Config):
     expansion: int = Field(2, ge=1)
     group: int = Field(32, ge=1)
     norm: Literal["none", "batch"] = "none"
+    bounded: bool = False
+    spectral: bool = False
     latents: int = Field(64, ge=1)
     label_dim: int = Field(64, ge=1)
     num_classes: int = Field(0, ge=0)
@@ -87,11 +91,11 @@ class ResGeneratorConfig(Config):
 
     def build(self) -> "ResGenerator":
         """The network with its initial weights."""
-        return ResGenerator(self)
+        return lipschitz(ResGenerator(self), self.spectral)
 
 
 class ResGenerator(nn.Module):
-    """Codes z [B, Z] (and labels) -> pictures [B, C, size, size], in [-1, 1] but for overshoot."""
+    """Codes z [B, Z] (and labels) -> pictures [B, C, size, size], in [-1, 1] but for overshoot where not bounded."""
 
     def __init__(self, config: ResGeneratorConfig):
         super().__init__()
@@ -99,9 +103,9 @@ class ResGenerator(nn.Module):
         self.labels = Labels(c.num_classes, c.num_styles, c.label_dim)
         self.code = _scaled(nn.Linear(c.latents + self.labels.dim, c.widths[0]), 1.0)
         self.basis = nn.Parameter(torch.randn(c.widths[0], START, START))
-        depth, emb = c.blocks * len(c.widths), self.labels.dim
+        depth, emb, last = c.blocks * len(c.widths), self.labels.dim, float(c.spectral)
         self.stages = nn.ModuleList(
-            nn.ModuleList(Block(w, c.expansion * w, c.group, c.norm, emb, depth) for _ in range(c.blocks))
+            nn.ModuleList(Block(w, c.expansion * w, c.group, c.norm, emb, depth, last) for _ in range(c.blocks))
             for w in c.widths)
         self.ups = nn.ModuleList(_scaled(nn.Conv2d(a, b, 1, bias=False), 1.0)
                                  for a, b in zip(c.widths, c.widths[1:], strict=False))
@@ -115,7 +119,7 @@ class ResGenerator(nn.Module):
                 h = F.interpolate(self.ups[i - 1](h), scale_factor=2.0, mode="bilinear", align_corners=False)
             for block in stage:
                 h = block(h, emb)
-        return self.last(h)
+        return self.last(h).tanh() if self.config.bounded else self.last(h)
 
 
 class ResCriticConfig(Config):
@@ -144,7 +148,7 @@ class ResCritic(nn.Module):
         self.map = LabelMap(c.label, net.size, net.num_classes, net.num_styles)
         self.first = _scaled(nn.Conv2d(net.channels + self.map.channels, widths[0], 1), 1.0)
         depth = c.blocks * len(widths)
-        last = float(c.spectral)                        # a weight of zeros has no largest singular value to divide by
+        last = float(c.spectral)
         self.stages = nn.ModuleList(
             nn.ModuleList(Block(w, c.expansion * w, c.group, c.norm, 0, depth, last) for _ in range(c.blocks))
             for w in widths)

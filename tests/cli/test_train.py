@@ -1,6 +1,7 @@
 """nexus train through the real command line: runs, plans, refusals."""
 
 import json
+import re
 import signal
 import time
 
@@ -22,6 +23,14 @@ def test_a_run_is_printed_and_goes_on(warm, pictures, tmp_path):
     assert last["status"] == "ok" and last["step"] == 2 and last["resumed"] == 1
     assert b"resumed from step 1" in second.stderr
     assert warm(*command, "--steps", 2, "--resume", "never", cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize("system", ["ddpm", "gan"])
+def test_the_speed_is_printed_whatever_else_is(warm, pictures, tmp_path, system):
+    """Also of short runs, and before what a game logs, which is more than a line shows."""
+    done = warm("train", system, *TINY, "--data", pictures, "--run", "r", "--steps", 3, cwd=tmp_path)
+    last = done.stderr.decode().splitlines()[-1]
+    assert re.match(r"3/3 steps, [0-9.e-]+ s each  [0-9.]+ items/s  .+ [0-9.e+-]+$", last), last
 
 
 def test_a_dry_run_prints_the_settings_and_makes_nothing(warm, pictures, tmp_path):

@@ -84,6 +84,21 @@ def child(fault, *arguments):
     reflow(*arguments)
 
 
+# --- InstaFlow ------------------------------------------------------------------------------------------------------
+
+def test_stable_diffusion_teaches_a_straight_flow(data, tmp_path):
+    """As InstaFlow was made: the student is Stable Diffusion's network, words and all, on pairs of its own ODE."""
+    train("sd", data=str(data), run=tmp_path / "sd", preset="tiny", flags=FLAGS, device="cpu")
+    train("rectified-flow", data=str(data), run=tmp_path / "flow", preset="tiny-instaflow", flags=FLAGS, device="cpu",
+          overrides=["stage=reflow", f"teacher={tmp_path / 'sd'}", "pairs=8", "pair_sampler=ddim", "pair_steps=2"])
+    assert checkpoint.read_description(tmp_path / "flow")["init"] == str(tmp_path / "sd")
+    before, after = (checkpoint.load(str(tmp_path / name), device="cpu") for name in ("sd", "flow"))
+    assert before.net.state_dict().keys() == after.net.state_dict().keys()
+    assert before.conditioner.state_dict().keys() == after.conditioner.state_dict().keys()
+    made = after.generate(SampleRequest(prompt="ball", steps=1), seeds=[0, 1]).data
+    assert made.shape[0] == 2 and made.isfinite().all()
+
+
 # --- pairs ----------------------------------------------------------------------------------------------------------
 
 def test_straightness_is_logged_at_its_steps(teacher):

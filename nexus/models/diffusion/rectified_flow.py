@@ -64,6 +64,7 @@ class RectifiedFlowConfig(DiffusionConfig):
     conditioner: LabelCondConfig | TextCondConfig | PretrainedCondConfig | NoCondConfig = Field(
         NoCondConfig(), discriminator="kind")
     concat: None = None                 # not every network here takes a picture as condition
+    pools_words: ClassVar[bool] = False
     steps: int = Field(100, ge=1)
     sampler: str = "dopri5"
     stage: Literal["flow", "reflow", "distil"] = "flow"
@@ -102,6 +103,9 @@ class RectifiedFlowConfig(DiffusionConfig):
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"net": NCSNppConfig.presets["tiny"], "size": 16, "steps": 4, "sampler": "euler", "guidance": 2.0,
                  "conditioner": {"kind": "label"}},
+        "tiny-instaflow": {"net": UNetConfig.presets["tiny-sd"], "path": {"kind": "instaflow"}, "steps": 2,
+                           "sampler": "euler", "codec": {"net": KLConfig.presets["tiny"]},
+                           "conditioner": TextCondConfig.presets["tiny"]},
         "emoji": _EMOJI,
         "reflow": _EMOJI | _TAUGHT | {"stage": "reflow", "steps": 8},
         "distil": _EMOJI | _TAUGHT | {"stage": "distil", "steps": 1, "distance": "edges"},
@@ -118,6 +122,7 @@ class RectifiedFlowConfig(DiffusionConfig):
     default_preset: ClassVar[str] = "emoji"
     recipes: ClassVar[dict[str, dict]] = {
         "tiny": {"steps": 20, "batch_size": 4},
+        "tiny-instaflow": {"steps": 20, "batch_size": 4},
         "emoji": DiTConfig.recipes["emoji"] | {"steps": 10_000},    # the same network on the same latents
         "reflow": DiTConfig.recipes["emoji"] | {"steps": 4_000, "cache_latents": False},
         "distil": DiTConfig.recipes["emoji"] | {"steps": 4_000, "cache_latents": False},
