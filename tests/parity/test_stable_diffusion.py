@@ -12,6 +12,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    SASolverScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -95,6 +96,19 @@ def test_other_schedulers(tmp_path, kind, more):
     pipe = pipelines.sd()
     pipe.scheduler = kind(**pipelines.CHAIN, **more)
     assert same_pictures(tmp_path, pipe) <= 1e-4
+
+
+def test_a_folder_sampled_by_sa_solver_is_read_and_written(tmp_path):
+    """The sampler itself is compared in test_samplers.py: whole pipelines draw their noise in another order."""
+    pipe = pipelines.sd()
+    pipe.scheduler = SASolverScheduler(**pipelines.CHAIN, timestep_spacing="leading", steps_offset=1)
+    config = ours(tmp_path, pipe).config
+    assert config.sampler == "sa-solver" and config.path.ends_at_first and config.path.open_end
+    pipe.scheduler.set_timesteps(7)
+    assert config.path.times(7).tolist() == pipe.scheduler.timesteps.tolist()
+    written = SASolverScheduler.from_config(schedulers.DISCRETE.write(config)).config
+    assert {name: written[name] for name in pipelines.CHAIN | {"steps_offset": 1, "timestep_spacing": 0}} \
+        == {**pipelines.CHAIN, "steps_offset": 1, "timestep_spacing": "leading"}
 
 
 def test_a_model_sampled_by_pndm_says_how_to_diffusers(tmp_path):

@@ -39,9 +39,8 @@ class Kind(NamedTuple):
     """A pipeline class. folder, layout: of its network. recipe: of its text encoders, "" = it has none.
 
     settings(model_index.json, network) -> what the class adds to the system's configuration; note: what its user is to
-    know. side: of the latent, where
-    the network's config.json tells none. codec: the folder of its codec, "" = it has none. beside: parts that are left
-    alone. older: a layout of the network that files of 2022 have.
+    know. side: of the latent, where the network's config.json tells none. codec: the folder of its codec, "" = it has
+    none. beside: parts that are left alone. older: a layout of the network that files of 2022 have.
     """
 
     system: str
