@@ -16,7 +16,7 @@ from torch import Tensor
 from nexus.convert.convert import Report, scratch
 from nexus.convert.detect import opened
 from nexus.convert.export import Target, check_file, write_file
-from nexus.convert.stream import Lazy, numbers, stored
+from nexus.convert.stream import Lazy, misshapen, numbers, stored
 from nexus.errors import UsageError
 from nexus.nn.efficientnet import REPEATS, EfficientNet, repeats_of
 
@@ -40,7 +40,7 @@ def convert(src: Path, target: Target, *, check: bool, overrides: Sequence[str])
         public = stored({key: (t.file, t.key) for key, t in file.tensors.items()})
         places, problems = _places(public)
         found = {name: _folded(public, *place) for name, place in places.items()}
-        used = {key for conv, norm, _ in places.values() for key in (f"{conv}.weight", *(f"{norm}.{n}" for n in NORM))}
+        used = {key for conv, norm, _ in places.values() for key in _read(conv, norm)}
         report = Report(src, None if check else target.path, NAME, NAME, {}, len(found), numbers(found.values()),
                         tuple(sorted(public.keys() - used)), problems=problems or _problems(found))
         if not report.refused(check) and not check:
@@ -61,10 +61,15 @@ def _places(public: Mapping[str, Lazy]) -> tuple[dict[str, tuple[str, str, str]]
             pairs |= {f"groups.{group}.{i}.{part}": tuple(f"_blocks.{block}.{name}" for name in names)
                       for part, names in PARTS.items() if group or part != "expand"}
             block += 1
-    needed = {key for conv, norm in pairs.values() for key in (f"{conv}.weight", *(f"{norm}.{n}" for n in NORM))}
+    needed = {key for pair in pairs.values() for key in _read(*pair)}
     if missing := sorted(needed - public.keys()):
         return {}, tuple(f"{key} is missing" for key in missing)
     return {f"{ours}.{kind}": (*pair, kind) for ours, pair in pairs.items() for kind in ("weight", "bias")}, ()
+
+
+def _read(conv: str, norm: str) -> tuple[str, ...]:
+    """The published keys that a convolution of ours is made of."""
+    return f"{conv}.weight", *(f"{norm}.{name}" for name in NORM)
 
 
 def _folded(public: Mapping[str, Lazy], conv: str, norm: str, kind: str) -> Lazy:
@@ -85,6 +90,4 @@ def _fold(public: Mapping[str, Lazy], conv: str, norm: str, kind: str) -> Tensor
 def _problems(found: Mapping[str, Lazy]) -> tuple[str, ...]:
     """What has another shape, a line each."""
     with torch.device("meta"):
-        wanted = EfficientNet(repeats_of(found)).state_dict()
-    return tuple(f"{name} is {list(found[name].shape)}, {list(tensor.shape)} expected"
-                 for name, tensor in wanted.items() if found[name].shape != tensor.shape)
+        return misshapen(found, EfficientNet(repeats_of(found)).state_dict())

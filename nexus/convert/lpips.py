@@ -15,7 +15,7 @@ import torch
 from nexus.convert.convert import Report, scratch
 from nexus.convert.detect import opened
 from nexus.convert.export import Target, check_file, write_file
-from nexus.convert.stream import Lazy, numbers, stored
+from nexus.convert.stream import Lazy, misshapen, numbers, stored
 from nexus.errors import UsageError
 from nexus.losses.lpips import LPIPS, STAGES
 
@@ -66,5 +66,4 @@ def _problems(found: dict[str, Lazy]) -> tuple[str, ...]:
         return ("the heads of LPIPS are missing: give them with --set heads=FILE (lpips/weights/v0.1/vgg.pth)",)
     if missing:
         return tuple(f"{name} is missing: this is no VGG16" for name in missing)
-    return tuple(f"{name} is {list(found[name].shape)}, {list(tensor.shape)} expected"
-                 for name, tensor in wanted.items() if found[name].shape != tensor.shape)
+    return misshapen(found, wanted)

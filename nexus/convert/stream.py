@@ -206,3 +206,9 @@ def put(path: Path, data: bytes | Callable[[Any], Any], *, exists: str = "error"
 def numbers(tensors: Iterable[Lazy]) -> int:
     """How many numbers they hold."""
     return sum(lazy.meta.numel() for lazy in tensors)
+
+
+def misshapen(found: Tensors, wanted: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Of the names in `wanted`, all of which are found, those with another shape, a line each."""
+    return tuple(f"{name} is {list(found[name].shape)}, {list(tensor.shape)} expected"
+                 for name, tensor in wanted.items() if found[name].shape != tensor.shape)

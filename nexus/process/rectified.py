@@ -49,10 +49,7 @@ class InstaFlowPath(RectifiedPath):
     arXiv:2309.06380."""
 
     kind: Literal["instaflow"] = "instaflow"
-
-    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """d alpha/ds, d sigma/ds of s = 1 - t."""
-        return torch.ones_like(t), -torch.ones_like(t)
+    rates = StraightPath.rates
 
 
 def euler_sde(denoise, x: Tensor, grid: Grid, *, spread: float, noise=torch.randn_like, watch=None) -> Tensor:
