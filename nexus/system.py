@@ -18,9 +18,10 @@ class System(Protocol):
     their own (the shared codec); they are frozen, and neither saved nor trained. A system may also have training_only:
     names of submodules that sampling never needs (a teacher, a target network), which a loaded model lacks; and
     admit(part, system), which raises ModelError when what an external part was taken from does not fit;
-    prepare_data(images, run, seed=, part=, watch=), which makes what it trains on in place of the pictures, in the run
-    folder, and returns a function that opens it (or None: there is nothing to make); measures(seed), numbers that
-    `nexus eval` adds; and, if it makes one picture of another, translate(x, direction) and the `directions` it knows.
+    prepare_data(images, run, seed=, draws=, part=, watch=), which makes what it trains on in place of the pictures, in
+    the run folder, enough for so many draws, and returns a function that opens it (or None: there is nothing to make);
+    measures(seed), numbers that `nexus eval` adds; and, if it makes one picture of another, translate(x, direction) and
+    the `directions` it knows.
     """
 
     config: Config

@@ -32,28 +32,37 @@ def write_pairs(folder: Path, count: int, make: Callable[[list[int]], dict[str, 
                 part: tuple[int, int] = (0, 1), watch: Callable[[int, int], Any] = lambda done, total: None) -> None:
     """Make what is missing of `count` pairs; make(numbers) -> the tensors of a shard, a pure function of them.
 
-    facts: everything that shapes the pairs, as JSON data. part (i, n): make every n-th shard from the i-th on, so
-    that n processes share the work. Raises InputError when the folder holds pairs of other facts, OutputError when it
-    cannot be written.
+    facts: everything that shapes the pairs but their number, as JSON data. part (i, n): make every n-th shard from the
+    i-th on, so that n processes share the work. Raises InputError when the folder holds pairs of other facts,
+    OutputError when it cannot be written.
     """
     described = {"format": FORMAT, "count": count, "shard": SHARD, **facts}
-    if (folder / FACTS).exists():
-        stored = read_facts(folder)
-        if different := sorted(k for k in {*stored, *described} if stored.get(k) != described.get(k)):
-            raise InputError(f"{folder} holds pairs made with another {different[0]}",
-                             hint="choose another --run, or remove the folder")
-    elif part[0] == 0:
-        write_text(folder / FACTS, json.dumps(described, indent=1, sort_keys=True) + "\n")
+    stored = read_facts(folder) if (folder / FACTS).exists() else None
+    different = stored and sorted(k for k in {*stored, *described} - {"count"} if stored.get(k) != described.get(k))
+    if different:
+        raise InputError(f"{folder} holds pairs made with another {different[0]}",
+                         hint="choose another --run, or remove the folder")
+    if part[0] == 0 and stored != described:
+        write_text(folder / FACTS, json.dumps(described, indent=1, sort_keys=True) + "\n", exists="overwrite")
     if part[0] == 0 and folder.is_dir():
         clean_temporary(folder)
     shards = -(-count // SHARD)
     for number in range(part[0], shards, part[1]):
         path = folder / shard_name(number)
         numbers = list(range(number * SHARD, min((number + 1) * SHARD, count)))
-        if not path.exists():
+        if _rows_of(path) < len(numbers):
             tensors = {name: t.detach().cpu().contiguous() for name, t in sorted(make(numbers).items())}
-            write_bytes(path, save(tensors))
+            write_bytes(path, save(tensors), exists="overwrite")
         watch(numbers[-1] + 1, count)
+
+
+def _rows_of(path: Path) -> int:
+    """Pairs in a shard, which was the last and short if there are fewer than SHARD; 0 where there is none to read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_slice("noise").get_shape()[0]
+    except (SafetensorError, OSError):
+        return 0
 
 
 def read_facts(folder: Path) -> dict:

@@ -249,7 +249,8 @@ def _warm_start(system: torch.nn.Module, name: str) -> str:
 def _prepared(images: ImageSet, system: torch.nn.Module, args: TrainArgs, run: Path, world, progress):
     """What a system trains on in place of the pictures (pairs that a teacher made), or None."""
     prepare = getattr(system, "prepare_data", None)
-    opens = prepare and prepare(images, run, seed=args.seed, part=(world.rank, world.size),
+    opens = prepare and prepare(images, run, seed=args.seed, draws=args.steps * args.batch_size,
+                                part=(world.rank, world.size),
                                 watch=lambda done, total: progress({"encoded": done, "of": total}))
     barrier(world)
     return opens() if opens else None

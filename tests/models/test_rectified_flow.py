@@ -35,10 +35,10 @@ COUNT = 40                                  # three shards of 16
 
 @pytest.fixture(scope="module", autouse=True)
 def small_shards(one_thread):
-    shard = pairs.SHARD
-    pairs.SHARD = 16
+    usual = pairs.SHARD, rectified_flow.SEEN
+    pairs.SHARD, rectified_flow.SEEN = 16, 1 / 4            # twelve looks at forty pairs
     yield
-    pairs.SHARD = shard
+    pairs.SHARD, rectified_flow.SEEN = usual
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,16 @@ def test_a_student_starts_as_its_teacher_and_trains_on_its_pairs(whole, teacher)
     assert getattr(loaded, "teacher", None) is None         # sampling needs no teacher
     assert not any(name.startswith("teacher.") for name in checkpoint.read_tensors(
         whole / "step-0000003/model.safetensors"))
+
+
+def test_a_short_training_makes_no_more_pairs_than_it_looks_at(data, teacher, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(rectified_flow, "SEEN", 1)
+    reflow(data, tmp_path / "run", teacher)
+    assert pairs.read_facts(tmp_path / "run/pairs")["count"] == 16
+    reflow(data, tmp_path / "run", teacher, flags={"steps": 7})                     # a longer one goes on with more
+    assert pairs.read_facts(tmp_path / "run/pairs")["count"] == 32
+    made = contents(tmp_path / "run/pairs")
+    assert {n: d for n, d in made.items() if n.endswith("tensors")}.items() <= contents(whole / "pairs").items()
 
 
 def test_pairs_are_what_the_teacher_makes_of_their_noise(whole, teacher, data, tmp_path):

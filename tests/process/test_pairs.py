@@ -73,11 +73,23 @@ def test_processes_share_the_work(whole, tmp_path):
     assert contents(tmp_path / "pairs") == contents(whole) and (COUNT, COUNT) in seen
 
 
-@pytest.mark.parametrize(("count", "facts", "word"), [(COUNT, {"seed": 8}, "seed"), (300, {"seed": 7}, "count"),
-                                                      (COUNT, {"seed": 7, "teacher": "x"}, "teacher")])
-def test_pairs_of_other_facts_are_refused_by_name(count, facts, word, whole):
+@pytest.mark.parametrize(("facts", "word"), [({"seed": 8}, "seed"), ({"seed": 7, "teacher": "x"}, "teacher")])
+def test_pairs_of_other_facts_are_refused_by_name(facts, word, whole):
     with pytest.raises(InputError, match=word):
-        write_pairs(whole, count, made, facts)
+        write_pairs(whole, COUNT, made, facts)
+
+
+def test_another_number_makes_only_what_is_missing(whole, tmp_path):
+    folder, calls = tmp_path / "pairs", []
+
+    def counted(numbers):
+        calls.append((numbers[0], len(numbers)))
+        return made(numbers)
+    for count, expected in ((300, [(0, 256), (256, 44)]), (COUNT, [(256, 256), (512, 88)]), (256, []), (COUNT, [])):
+        calls.clear()
+        write_pairs(folder, count, counted, {"seed": 7})
+        assert calls == expected and len(PairSet(folder, Pictures())) == count      # a short last shard is made anew
+    assert contents(folder) == contents(whole)
 
 
 def test_what_is_no_folder_of_pairs_or_is_damaged_is_refused(whole, tmp_path):

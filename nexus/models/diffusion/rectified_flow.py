@@ -4,6 +4,7 @@ Liu et al. 2022, arXiv:2209.03003; with Stable Diffusion's network and words (In
 arXiv:2309.06380; logit-normal times: Esser et al. 2024, arXiv:2403.03206.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from nexus.rng import ItemNoise, derive, generator
 from nexus.text.conditioner import LabelCondConfig, NoCondConfig, TextCondConfig
 from nexus.text.pretrained import PretrainedCondConfig
 
+SEEN = 8                # times that training looks at each pair, at least: a short one needs fewer pairs
 TOGETHER = 64           # pairs made at once; fixed, so that the same pairs have the same bytes
 WATCHED = 8             # paths that a training step measures straightness on
 MEASURED = 64           # paths that `nexus eval` measures it on
@@ -161,12 +163,14 @@ class RectifiedFlow(Diffusion):
 
     # --- data -------------------------------------------------------------------------------------------------------
 
-    def prepare_data(self, images: Any, run: Path, *, seed: int, part: tuple[int, int] = (0, 1),
+    def prepare_data(self, images: Any, run: Path, *, seed: int, draws: int | None = None,
+                     part: tuple[int, int] = (0, 1),
                      watch: Callable[[int, int], Any] = lambda done, total: None) -> Callable[[], Any] | None:
         """Make this process's part of the pairs of reflow and distil; -> what opens them all once every part is there.
 
         None: train on the pictures themselves. A killed making goes on; the bytes depend on the seed, the teacher and
-        the settings, not on the kill.
+        the settings, not on the kill. draws: how often training will look at a pair; a short one gets whole shards for
+        SEEN looks each.
         """
         c = self.config
         if c.distance == "lpips":           # before the pairs, which take long, are made for nothing
@@ -183,7 +187,8 @@ class RectifiedFlow(Diffusion):
         def make(numbers: list[int]) -> dict[str, Tensor]:
             parts = [self._made(numbers[i:i + TOGETHER], images, seed) for i in range(0, len(numbers), TOGETHER)]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        pairs.write_pairs(run / "pairs", c.pairs, make, facts, part=part, watch=watch)
+        enough = c.pairs if draws is None else math.ceil(draws / (SEEN * pairs.SHARD)) * pairs.SHARD
+        pairs.write_pairs(run / "pairs", min(c.pairs, enough), make, facts, part=part, watch=watch)
         return partial(pairs.PairSet, run / "pairs", images)
 
     def _open_folder(self, folder: Path, images: Any) -> pairs.PairSet:

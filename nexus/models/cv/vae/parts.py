@@ -8,8 +8,9 @@ from nexus.errors import InputError
 from nexus.images import fitted, read_image
 from nexus.losses import lpips
 from nexus.losses.kl import free_bits, ramp
-from nexus.losses.perceptual import edge_distance
+from nexus.losses.perceptual import edge_distance, perceptual_distance
 from nexus.naming import flag_of
+from nexus.nn import efficientnet
 from nexus.process.sources import from_uint8
 from nexus.requests import ONE_STEP, SampleRequest, refuse
 
@@ -40,8 +41,18 @@ def extra_terms(config: Config, shown: Tensor, x: Tensor) -> Tensor | float:
     terms = ((config.l1_weight, lambda: (shown - x).abs().mean()),
              (config.l2_weight, lambda: (shown - x).square().mean()),
              (config.edge_weight, lambda: edge_distance(shown, x)),
-             (config.lpips_weight, lambda: lpips.opened(config.lpips, x.device)(shown, x).mean()))
+             (config.lpips_weight, lambda: lpips.opened(config.lpips, x.device)(shown, x).mean()),
+             (config.features_weight,
+              lambda: perceptual_distance(efficientnet.opened(config.features, x.device), shown, x)))
     return sum(weight * term() for weight, term in terms if weight)
+
+
+def open_networks(config: Config, device: torch.device) -> None:
+    """Open the frozen networks that the extra terms look through; ModelError for a file that is not there."""
+    if config.lpips_weight:
+        lpips.opened(config.lpips, device)
+    if config.features_weight:
+        efficientnet.opened(config.features, device)
 
 
 def psnr(shown: Tensor, x: Tensor) -> Tensor:

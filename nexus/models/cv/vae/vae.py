@@ -16,7 +16,8 @@ from nexus.losses.kl import kl_standard, log_likelihood, sample_gaussian
 from nexus.media import Media
 from nexus.models.cv.vae.critic import CriticConfig, deceive, judge
 from nexus.models.cv.vae.flat import ConvVAEConfig, MLPVAEConfig
-from nexus.models.cv.vae.parts import extra_terms, psnr, rate_cost, read_picture, refuse_steering
+from nexus.models.cv.vae.mistakes import Mistakes, MistakesConfig
+from nexus.models.cv.vae.parts import extra_terms, open_networks, psnr, rate_cost, read_picture, refuse_steering
 from nexus.models.cv.vae.vq import VQ
 from nexus.phase import Phase
 from nexus.requests import SampleRequest
@@ -37,11 +38,13 @@ class VAEConfig(Config):
     kl_warmup_steps: beta rises from 0 over these. free_bits: nats each latent may hold at no cost.
     capacity: nats; when set, the cost is beta * |KL - C|, C rising from 0 to it over capacity_steps (Burgess 2018).
     l1_weight, l2_weight, edge_weight: further reconstruction terms, each a mean over values times their number;
-    lpips_weight is that of the distance whose weights are in the file `lpips` (Rombach et al. 2022: 1).
+    lpips_weight is that of the distance whose weights are in the file `lpips` (Rombach et al. 2022: 1), features_weight
+    of the one between the features of EfficientNet-lite, whose weights are in the file `features`.
     per_value: the loss is divided by the number of values in a picture, so a gradient clip means the same at any size.
     critic: a PatchGAN that a picture codec is trained against as well (Rombach et al. 2022); None = none.
     latent_noise: most standard deviation of noise that is added to latents, drawn for each picture from 0 up: a decoder
     that knows it mends what a generator of latents gets a little wrong (Zheng et al. 2025, arXiv:2510.11690).
+    mistakes: latents that a generator got a little wrong, for the same purpose; None = none.
     decoder_only: a KL codec's encoder stays as it is, and with it all latents that others have learnt to make.
     commitment: of a VQ codec, whose codebook follows at weight 1 (van den Oord et al. 2017, eq. 3); it has no KL.
     iwae_k: importance samples when the likelihood is estimated (Burda et al. 2016).
@@ -57,6 +60,8 @@ class VAEConfig(Config):
         "picture-codec": _PICTURE_CODEC | {"critic": {"weight": 0.1, "feature_weight": 0.05, "start": 3000}},
         "picture-codec-decoder": _PICTURE_CODEC | {"critic": {"weight": 0.1, "feature_weight": 0.05, "start": 0},
                                                    "decoder_only": True, "latent_noise": 0.5},
+        "picture-codec-mend": _PICTURE_CODEC | {"decoder_only": True, "latent_noise": 0.3, "features_weight": 2.0,
+                                                "mistakes": {"generator": "dit", "share": 0.6}},
         "picture-vq": _CODEC | {"net": VQConfig.presets["picture-vq"] | {"kind": "vq"},
                                 "critic": {"weight": 0.1, "feature_weight": 0.05, "start": 3000}},
         **{name: _CODEC | {"net": VQConfig.presets[name] | {"kind": "vq"}, "critic": {}}
@@ -79,6 +84,7 @@ class VAEConfig(Config):
         "tiny-vq": {"steps": 20, "batch_size": 4},
         "picture-codec": _PICTURE_CODEC_RECIPE,
         "picture-codec-decoder": _PICTURE_CODEC_RECIPE | {"lr": 4e-4},
+        "picture-codec-mend": _PICTURE_CODEC_RECIPE | {"lr": 4e-4, "steps": 2000, "warmup": 50, "ema": 0.99},
         "picture-vq": _PICTURE_CODEC_RECIPE,
         "beta-vae": {"steps": 4000, "batch_size": 64, "lr": 1e-3, "schedule": "cosine", "ema": 0.995},
     }
@@ -95,9 +101,12 @@ class VAEConfig(Config):
     edge_weight: float = Field(0.0, ge=0)
     lpips_weight: float = Field(0.0, ge=0)
     lpips: str = ""
+    features_weight: float = Field(0.0, ge=0)
+    features: str = ""
     per_value: bool = False
     critic: CriticConfig | None = None
     latent_noise: float = Field(0.0, ge=0)
+    mistakes: MistakesConfig | None = None
     decoder_only: bool = False
     commitment: float = Field(0.25, ge=0)
     iwae_k: int = Field(50, ge=1)
@@ -106,8 +115,10 @@ class VAEConfig(Config):
     def _critic_fits(self) -> Self:
         if self.critic and not isinstance(self.net, KLConfig):
             raise ValueError("critic: only a picture codec (net.kind=kl or vq) is trained against one")
-        if (self.decoder_only or self.latent_noise) and self.net.kind != "kl":
-            raise ValueError("decoder_only and latent_noise: only a KL codec (net.kind=kl) is trained so")
+        if (self.decoder_only or self.latent_noise or self.mistakes) and self.net.kind != "kl":
+            raise ValueError("decoder_only, latent_noise and mistakes: only a KL codec (net.kind=kl) is trained so")
+        if self.mistakes and not self.decoder_only:
+            raise ValueError("mistakes: their generator knows the encoder as it is, so decoder_only is needed")
         if self.net.kind == "vq" and self.likelihood == "bernoulli":
             raise ValueError("likelihood: the pixels of a VQ codec are gaussian or laplace")
         return self
@@ -144,19 +155,23 @@ class VAEConfig(Config):
 class VAE(nn.Module):
     """A network, and a critic if it is trained against one; `generate` decodes draws of the prior, or rebuilds."""
 
-    training_only = ("critic",)
+    training_only = ("critic", "generator")
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
-        self.external: dict[str, str] = {}
+        self.external = {"generator": config.mistakes.generator} if config.mistakes else {}
+        self._mistakes: Mistakes | None = None
         self.net = config.net.build()
         self.critic = config.critic.build(self.config.image_channels) if config.critic else None
 
+    def admit(self, part: str, system: Any) -> None:
+        """Keep the generator whose mistakes are mended; ModelError when it makes no latents of this codec."""
+        self._mistakes = Mistakes(self.config.mistakes, system, self.config.net.latent_shape)
+
     def phases(self) -> tuple[Phase, ...]:
-        """Encoder and decoder together (or the decoder alone), then the critic."""
-        if self.config.lpips_weight:
-            lpips.opened(self.config.lpips, next(self.net.parameters()).device)
+        """Encoder and decoder together (or the decoder alone), then the critic; ModelError when a file is missing."""
+        open_networks(self.config, next(self.net.parameters()).device)
         both = (Phase("vae", self.net.decoder if self.config.decoder_only else self.net, self.loss),)
         return both if self.critic is None else (*both, Phase("critic", self.critic, self.critic_loss))
 
@@ -189,6 +204,9 @@ class VAE(nn.Module):
         if rng is not None and c.latent_noise:
             most = c.latent_noise * torch.rand(len(z), 1, 1, 1, generator=rng)
             z = z + most.to(z) * _noise(z, rng)
+        if rng is not None and self._mistakes is not None:
+            some = math.ceil(c.mistakes.share * len(x))
+            z = torch.cat([self._mistakes(x[:some], self.net.encoder, rng).to(z), z[some:]])
         return self.net.decode_raw(z.to(x.dtype)).float(), mean, logvar
 
     def rebuilt(self, x: Tensor) -> Tensor:
