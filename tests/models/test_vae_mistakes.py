@@ -22,6 +22,10 @@ def pictures(n=3, side=16):
     return torch.rand(n, 3, side, side, generator=generator(1)) * 2 - 1
 
 
+def labelled(x):
+    return {"image": x, "label": torch.arange(len(x)) % 2, "style": torch.zeros(len(x), dtype=torch.long)}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A data set, two codecs, a generator of the first one's latents, and a file of random features."""
@@ -53,7 +57,7 @@ def test_a_run_of_no_steps_makes_no_mistakes_and_a_longer_one_more(made):
         mean, _ = codec.net.encode(x)
     for strength in (0.01, 0.2, 0.9):
         config = MistakesConfig(generator="dit", least=strength, most=strength)
-        z = Mistakes(config, system, (4, 8, 8))(x, codec.net.encoder, generator(2))
+        z = Mistakes(config, system, (4, 8, 8))(labelled(x), 3, codec.net.encoder, generator(2))
         far.append((z - mean).square().mean())
     assert far[0] < 1e-10 < far[1] < far[2]
 
@@ -74,9 +78,8 @@ def test_the_share_that_is_a_generators_and_what_is_judged(made):
     system.net.load_state_dict(checkpoint.load(str(home / "codec0"), device="cpu").net.state_dict())
     seen = []
     system.net.decode_raw = lambda z: seen.append(z) or z.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :3]
-    system.rebuild(x, generator(3))
-    system._mistakes = None
-    system.rebuild(x, generator(3))
+    system.rebuild(x, generator(3), labelled(x))
+    system.rebuild(x, generator(3))                                 # without labels no mistakes
     same = [torch.equal(a, b) for a, b in zip(*seen, strict=True)]
     assert same == [False, False, True, True]
 

@@ -25,11 +25,11 @@ from nexus.models.diffusion.unet import UNetConfig
 from nexus.process import coupling, pairs, rectified, samplers
 from nexus.process.codec import SHARED_CODEC
 from nexus.process.diffusion import Diffusion, DiffusionConfig, Run
-from nexus.process.guidance import guided
 from nexus.process.paths import DiscretePath, RectifiedPath
-from nexus.process.predictions import clipped, denoiser, noised, over, target
+from nexus.process.predictions import noised, over, target
 from nexus.process.rectified import InstaFlowPath, StraightPath
 from nexus.process.schedules import Grid, grid
+from nexus.process.taught import taught
 from nexus.requests import SampleRequest
 from nexus.rng import ItemNoise, derive, generator
 from nexus.text.conditioner import LabelCondConfig, NoCondConfig, TextCondConfig
@@ -220,16 +220,7 @@ class RectifiedFlow(Diffusion):
         """What the teacher makes of noise [B, C, H, W] with a batch's labels, on the teacher's device."""
         c, teacher = self.config, self._source[0]
         its, device = teacher.config, next(teacher.net.parameters()).device
-        shared = {"learned_variance": its.learned_variance}
-        conds, scale = (None,), self._pair_guidance()
-        if teacher.conditioner is not None:
-            given = teacher.conditioner.training_cond(batch, generator(0, "pairs"))
-            null = teacher.conditioner.null(len(noise), torch.device("cpu"))
-            conds = [{name: value.to(device) for name, value in cond.items()} for cond in (given, null)]
-        with_label, *without = (denoiser(teacher.net, its.path, its.prediction, cond, **shared) for cond in conds)
-        denoise = with_label if not without or scale == 1 else guided(with_label, without[0], scale,
-                                                                      channels=its.guided_channels)
-        denoise = clipped(denoise) if its.clip else denoise
+        denoise = taught(teacher, batch, len(noise), self._pair_guidance(), generator(0, "pairs"))
         points = grid(its.path, its.path.times(c.pair_steps, schedule=its.schedule, shape=c.latent_shape))
         size = 1.0 if isinstance(its.path, DiscretePath) else float(points.sigma[0])   # as `generate` starts
         options = {"rtol": c.tolerance, "atol": c.tolerance} if c.pair_sampler == "dopri5" else {}

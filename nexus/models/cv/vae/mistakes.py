@@ -1,7 +1,7 @@
 """Latents as a generator gets them wrong, for a decoder that learns to mend them.
 
-Pictures' latents are noised part of the way and denoised again by a trained generator that is told nothing of them, as
-SDEdit does (Meng et al. 2022, arXiv:2108.01073): what they show stays, their details are the generator's.
+Pictures' latents are noised part of the way and denoised again by a trained generator, as SDEdit does (Meng et al.
+2022, arXiv:2108.01073): what they show stays, their details are the generator's.
 """
 
 from typing import Any, Self
@@ -14,8 +14,8 @@ from nexus.config import Config
 from nexus.errors import ModelError
 from nexus.process import samplers
 from nexus.process.diffusion import Diffusion
-from nexus.process.predictions import denoiser
 from nexus.process.schedules import grid, tail
+from nexus.process.taught import taught
 
 
 class MistakesConfig(Config):
@@ -50,22 +50,24 @@ class Mistakes:
         self.config, self.system, self._known = config, system, False
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, encoder: nn.Module, rng: torch.Generator) -> Tensor:
-        """Pictures x [B, C, H, W] in [-1, 1] -> their latents before scaling, [B, L, h, w], a little wrong.
+    def __call__(self, batch: dict, count: int, encoder: nn.Module, rng: torch.Generator) -> Tensor:
+        """The first `count` pictures of a batch -> their latents before scaling, [count, L, h, w], a little wrong.
 
-        ModelError when the generator learnt those of another codec than the one with this `encoder`.
+        The generator samples as it does by itself, with their labels and its own guidance. ModelError when it learnt
+        the latents of another codec than the one with this `encoder`.
         """
-        system, c = self.system.to(x.device), self.system.config
+        part = {name: values[:count] for name, values in batch.items()}
+        system, c = self.system.to(part["image"].device), self.system.config
         self._recognise(encoder)
-        z = system.encode(x)
+        z = system.encode(part["image"])
         strength = self.config.least + (self.config.most - self.config.least) * float(torch.rand((), generator=rng))
         times = c.path.times(self.config.steps, schedule=c.schedule, shape=c.latent_shape)
         points = tail(grid(c.path, times, to_data=True), strength)
         if points.steps:
-            null = None if system.conditioner is None else system.conditioner.null(len(z), z.device)
             eps = torch.randn(z.shape, generator=rng).to(z)
-            z = samplers.sample("euler", denoiser(system.net, c.path, c.prediction, null),
-                                float(points.alpha[0]) * z + float(points.sigma[0]) * eps, points)
+            start = float(points.alpha[0]) * z + float(points.sigma[0]) * eps
+            scale = 1.0 if system.conditioner is None else c.guidance
+            z = samplers.sample(c.sampler, taught(system, part, count, scale, rng), start, points)
         its = system.codec.config
         return z / its.scale + its.shift
 

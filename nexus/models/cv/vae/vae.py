@@ -178,7 +178,7 @@ class VAE(nn.Module):
     def loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """The training loss at `step`, with `distortion` and `rate` (nats a picture) and `psnr` (dB) to log."""
         x, c = batch["image"], self.config
-        output, mean, logvar = self.rebuild(x, rng)
+        output, mean, logvar = self.rebuild(x, rng, batch)
         distortion = -log_likelihood(c.likelihood, output, x, c.spread).mean()
         kl = kl_standard(mean, logvar)
         shown = self.picture(output)
@@ -193,10 +193,14 @@ class VAE(nn.Module):
     def critic_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """How badly the critic tells pictures from rebuilt ones; a constant while it does not learn yet."""
         return judge(self.critic, self.config.critic, step, batch["image"],
-                     lambda: self.picture(self.rebuild(batch["image"], rng)[0]))
+                     lambda: self.picture(self.rebuild(batch["image"], rng, batch)[0]))
 
-    def rebuild(self, x: Tensor, rng: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x -> (decoder output, mean, log variance); with rng None the posterior's mean is decoded."""
+    def rebuild(self, x: Tensor, rng: torch.Generator | None, batch: dict | None = None
+                ) -> tuple[Tensor, Tensor, Tensor]:
+        """x -> (decoder output, mean, log variance); with rng None the posterior's mean is decoded.
+
+        batch: with it, some latents are a generator's mistakes, where those are trained on.
+        """
         c = self.config
         with torch.set_grad_enabled(torch.is_grad_enabled() and not c.decoder_only):
             mean, logvar = (m.float() for m in self.net.encode(x))
@@ -204,9 +208,9 @@ class VAE(nn.Module):
         if rng is not None and c.latent_noise:
             most = c.latent_noise * torch.rand(len(z), 1, 1, 1, generator=rng)
             z = z + most.to(z) * _noise(z, rng)
-        if rng is not None and self._mistakes is not None:
+        if batch is not None and self._mistakes is not None:
             some = math.ceil(c.mistakes.share * len(x))
-            z = torch.cat([self._mistakes(x[:some], self.net.encoder, rng).to(z), z[some:]])
+            z = torch.cat([self._mistakes(batch, some, self.net.encoder, rng).to(z), z[some:]])
         return self.net.decode_raw(z.to(x.dtype)).float(), mean, logvar
 
     def rebuilt(self, x: Tensor) -> Tensor:
