@@ -112,6 +112,12 @@ def card(name: str, described: dict, facts: dict, numbers: int) -> str:
         same = (f"`nexus train {system} --data {data} --preset {preset} --run runs/{name}`, then\n"
                 f"  `nexus train {system} --data {data} --preset {preset}-decoder --init runs/{name} "
                 f"--run runs/{name}-decoder`")
+    if described["config"].get("mistakes"):
+        its = described["config"]["mistakes"]["generator"]
+        same += (f", then a `{its}` of its latents, and\n  `nexus convert efficientnet-lite1-77cc7160.pth "
+                 f"lite1.safetensors --to efficientnet`, then\n  `nexus train {system} --data {data} --preset "
+                 f"{preset}-mend --init runs/{name}-decoder --set mistakes.generator=runs/{its} "
+                 f"--set features=lite1.safetensors --run runs/{name}-mend`")
     items, card_of = ("clips", "") if data == "music" else ("pictures", " See\n  `nexus/data/shards/README.md`.")
     use = {"musicgen": "nexus music -p TEXT -o piece.wav", "encodec": f"nexus eval {name} --data FOLDER"}.get(
         system, f"nexus sample {system} -m {name} -o out/")

@@ -64,10 +64,11 @@ class Mistakes:
         times = c.path.times(self.config.steps, schedule=c.schedule, shape=c.latent_shape)
         points = tail(grid(c.path, times, to_data=True), strength)
         if points.steps:
-            eps = torch.randn(z.shape, generator=rng).to(z)
-            start = float(points.alpha[0]) * z + float(points.sigma[0]) * eps
+            def noise(x: Tensor) -> Tensor:
+                return torch.randn(x.shape, generator=rng).to(x)
+            start = float(points.alpha[0]) * z + float(points.sigma[0]) * noise(z)
             scale = 1.0 if system.conditioner is None else c.guidance
-            z = samplers.sample(c.sampler, taught(system, part, count, scale, rng), start, points)
+            z = samplers.sample(c.sampler, taught(system, part, count, scale, rng), start, points, noise=noise)
         its = system.codec.config
         return z / its.scale + its.shift
 
