@@ -36,7 +36,7 @@ def made(tmp_path_factory):
               device="cpu", overrides=["net.scale=0.5", "net.shift=0.1"])
     codec = {"net": KLConfig.presets["tiny"], "weights": str(home / "codec0")}
     train("dit", data=data, run=home / "dit", preset="tiny", flags=FLAGS, device="cpu", config={"config": {
-        "codec": codec, "net": {"in_channels": 4, "size": 8}}})
+        "codec": codec}})
     torch.manual_seed(0)
     save_file(EfficientNet((1,) * 7).state_dict(), home / "features.safetensors")
     return home, data
@@ -96,7 +96,7 @@ def test_a_model_of_other_latents_is_refused(made, tmp_path, generator, said):
     if generator == "tiny":
         codec = {"net": KLConfig.presets["tiny"] | {"latent_channels": 2}}
         train("dit", data=data, run=tmp_path / "tiny", preset="tiny", flags=FLAGS, device="cpu",
-              config={"config": {"codec": codec, "net": {"in_channels": 2, "size": 8}}})
+              config={"config": {"codec": codec}}, overrides=["net.in_channels=2"])
         home = tmp_path
     with pytest.raises(ModelError, match=said):
         mended(made, tmp_path / "run", mistakes={"generator": str(home / generator)})
