@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nexus.losses.lpips import enlarged
+
 SIDE = 128              # px: smaller pictures are enlarged to it, for networks that were trained on larger ones
 DIM = 1e-4              # the length below which a feature is none
 
@@ -35,9 +37,7 @@ def perceptual_distance(network: Callable[[Tensor], list[Tensor]], x: Tensor, y:
     alone. After the feature loss of Johnson et al. 2016, arXiv:1603.08155.
     """
     def seen(pictures: Tensor) -> list[Tensor]:
-        if min(pictures.shape[2:]) < side:
-            pictures = F.interpolate(pictures, (side, side), mode="bilinear", align_corners=False)
-        return [F.normalize(level, dim=1, eps=DIM) for level in network(pictures)]
+        return [F.normalize(level, dim=1, eps=DIM) for level in network(enlarged(pictures, side))]
     with torch.no_grad():
         wanted = seen(y)
     far = [(a - b).square().sum(1).mean() for a, b in zip(seen(x), wanted, strict=True)]

@@ -9,8 +9,8 @@ from nexus.process.guidance import guided
 from nexus.process.predictions import clipped, denoiser
 
 
-def taught(teacher: Any, batch: dict, count: int, scale: float, rng: torch.Generator) -> Callable:
-    """The denoiser of a frozen system for the `count` items of a batch with their labels, guided by `scale`.
+def taught(teacher: Any, batch: dict, scale: float, rng: torch.Generator) -> Callable:
+    """The denoiser of a frozen system for the items of a batch with their labels, guided by `scale`.
 
     teacher: a loaded diffusion or flow system. rng: for what its conditioner draws of the labels.
     """
@@ -18,7 +18,7 @@ def taught(teacher: Any, batch: dict, count: int, scale: float, rng: torch.Gener
     conds = (None,)
     if teacher.conditioner is not None:
         given = teacher.conditioner.training_cond(batch, rng)
-        null = teacher.conditioner.null(count, torch.device("cpu"))
+        null = teacher.conditioner.null(len(next(iter(given.values()))), torch.device("cpu"))
         conds = [{name: value.to(device) for name, value in cond.items()} for cond in (given, null)]
     with_label, *without = (denoiser(teacher.net, its.path, its.prediction, cond, learned_variance=its.learned_variance)
                             for cond in conds)

@@ -57,7 +57,7 @@ def test_a_run_of_no_steps_makes_no_mistakes_and_a_longer_one_more(made):
         mean, _ = codec.net.encode(x)
     for strength in (0.01, 0.2, 0.9):
         config = MistakesConfig(generator="dit", least=strength, most=strength)
-        z = Mistakes(config, system, (4, 8, 8))(labelled(x), 3, codec.net.encoder, generator(2))
+        z = Mistakes(config, system, (4, 8, 8))(labelled(x), mean, codec.net.encoder, generator(2))
         far.append((z - mean).square().mean())
     assert far[0] < 1e-10 < far[1] < far[2]
 

@@ -220,7 +220,7 @@ class RectifiedFlow(Diffusion):
         """What the teacher makes of noise [B, C, H, W] with a batch's labels, on the teacher's device."""
         c, teacher = self.config, self._source[0]
         its, device = teacher.config, next(teacher.net.parameters()).device
-        denoise = taught(teacher, batch, len(noise), self._pair_guidance(), generator(0, "pairs"))
+        denoise = taught(teacher, batch, self._pair_guidance(), generator(0, "pairs"))
         points = grid(its.path, its.path.times(c.pair_steps, schedule=its.schedule, shape=c.latent_shape))
         size = 1.0 if isinstance(its.path, DiscretePath) else float(points.sigma[0])   # as `generate` starts
         options = {"rtol": c.tolerance, "atol": c.tolerance} if c.pair_sampler == "dopri5" else {}

@@ -50,16 +50,17 @@ class Mistakes:
         self.config, self.system, self._known = config, system, False
 
     @torch.no_grad()
-    def __call__(self, batch: dict, count: int, encoder: nn.Module, rng: torch.Generator) -> Tensor:
-        """The first `count` pictures of a batch -> their latents before scaling, [count, L, h, w], a little wrong.
+    def __call__(self, batch: dict, mean: Tensor, encoder: nn.Module, rng: torch.Generator) -> Tensor:
+        """What `encoder` says of the first n pictures of a batch, mean [n, L, h, w] -> the same, a little wrong.
 
         The generator samples as it does by itself, with their labels and its own guidance. ModelError when it learnt
         the latents of another codec than the one with this `encoder`.
         """
-        part = {name: values[:count] for name, values in batch.items()}
-        system, c = self.system.to(part["image"].device), self.system.config
         self._recognise(encoder)
-        z = system.encode(part["image"])
+        part = {name: values[:len(mean)] for name, values in batch.items()}
+        system, c = self.system.to(mean.device), self.system.config
+        its = system.codec.config
+        z = (mean - its.shift) * its.scale
         strength = self.config.least + (self.config.most - self.config.least) * float(torch.rand((), generator=rng))
         times = c.path.times(self.config.steps, schedule=c.schedule, shape=c.latent_shape)
         points = tail(grid(c.path, times, to_data=True), strength)
@@ -68,8 +69,7 @@ class Mistakes:
                 return torch.randn(x.shape, generator=rng).to(x)
             start = float(points.alpha[0]) * z + float(points.sigma[0]) * noise(z)
             scale = 1.0 if system.conditioner is None else c.guidance
-            z = samplers.sample(c.sampler, taught(system, part, count, scale, rng), start, points, noise=noise)
-        its = system.codec.config
+            z = samplers.sample(c.sampler, taught(system, part, scale, rng), start, points, noise=noise)
         return z / its.scale + its.shift
 
     def _recognise(self, encoder: nn.Module) -> None:

@@ -210,7 +210,7 @@ class VAE(nn.Module):
             z = z + most.to(z) * _noise(z, rng)
         if batch is not None and self._mistakes is not None:
             some = math.ceil(c.mistakes.share * len(x))
-            z = torch.cat([self._mistakes(batch, some, self.net.encoder, rng).to(z), z[some:]])
+            z = torch.cat([self._mistakes(batch, mean[:some], self.net.encoder, rng).to(z), z[some:]])
         return self.net.decode_raw(z.to(x.dtype)).float(), mean, logvar
 
     def rebuilt(self, x: Tensor) -> Tensor:
