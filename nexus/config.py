@@ -52,6 +52,14 @@ class Config(BaseModel):
         return type(self).parse(data)
 
 
+def layered(below: dict, above: dict) -> dict:
+    """Settings `below` as `above` changes them, section by section; a section of another kind is taken whole."""
+    def both(old: Any, new: Any) -> Any:
+        sections = isinstance(old, dict) and isinstance(new, dict)
+        return layered(old, new) if sections and new.get("kind", old.get("kind")) == old.get("kind") else new
+    return below | {name: both(below.get(name), value) for name, value in above.items()}
+
+
 def _value(text: str) -> Any:
     try:
         return json.loads(text)

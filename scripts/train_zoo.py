@@ -6,10 +6,12 @@
 Each chain below is `nexus train` run after run, all chains at once; a run that another one starts from comes first and
 takes its share of the time. Nobody knows beforehand how many steps that will be, so `train.steps`, which the learning
 rate follows, is set anew at every step from the rate so far; the configuration that is published says how many it
-was. The runs share one file of encoded latents.
+was. The runs share one folder of encoded latents.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -99,24 +101,21 @@ def in_turn(chain: tuple[Stage, ...], seconds: float) -> None:
 def one(end: float, arguments: list[str]) -> None:
     """`nexus train` with shared latents, whose steps are those that fit before `end`."""
     sys.path.insert(0, str(ROOT))
-    import torch
     from filelock import FileLock
 
     import nexus.train.engine as engine
     import nexus.train.start as start
-    from nexus.data.latents import LatentSet
+    from nexus.data.kept import Shelf
     from nexus_cli.main import main
 
-    class Shared(LatentSet):
-        """A LatentSet that whoever comes first encodes, for all."""
+    class Shared(Shelf):
+        """A Shelf that whoever comes first fills, for all runs of the same facts."""
 
-        def __init__(self, images, encode, *, shift=0, flip=0.0, variants=1, watch=lambda done, total: None):
-            file = Path("runs") / f"latents-{images.facts.digest[:16]}-{shift}-{flip}-{variants}.pt"
-            with FileLock(f"{file}.lock"):
-                if not file.exists():
-                    super().__init__(images, encode, shift=shift, flip=flip, variants=variants, watch=watch)
-                    torch.save(self._latents, file)
-            self.images, self.facts, self._latents = images, images.facts, torch.load(file)
+        def __call__(self, count, make, watch):
+            name = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
+            self.folder = Path("runs") / f"encoded-{name}"
+            with FileLock(f"{self.folder}.lock"):
+                return super().__call__(count, make, watch)
 
     seen: list[tuple[float, int]] = []
     log, scale = engine._log, engine.lr_scale
@@ -131,7 +130,7 @@ def one(end: float, arguments: list[str]) -> None:
             state.args = state.args.model_copy(update={"steps": step + max(1, left)})
         log(state, *rest)
 
-    start.LatentSet, engine._log = Shared, paced
+    start.Shelf, engine._log = Shared, paced
     engine.lr_scale = lambda step, args: max(0.0 if args.schedule == "constant" else args.final_lr, scale(step, args))
     main(arguments)
 

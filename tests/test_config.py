@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
 from nexus import catalog
-from nexus.config import Config
+from nexus.config import Config, layered
 from nexus.errors import InputError
 from nexus.requests import SampleRequest
 from nexus.train.args import TrainArgs
+from nexus.train.start import resolve
 
 
 class Round(Config):
@@ -176,3 +177,16 @@ def test_training_arguments_have_bounds(field, value):
 @pytest.mark.parametrize("field", ["ema", "clip", "warmup", "sample_every", "samples", "weight_decay", "seed", "flip"])
 def test_zero_is_honoured(field):
     assert getattr(TrainArgs.parse({field: 0}), field) == 0
+
+
+def test_a_settings_file_changes_no_more_than_it_names():
+    below = {"net": {"kind": "a", "dim": 8, "part": {"x": 1, "y": [1, 2]}}, "steps": 4, "codec": None}
+    assert layered(below, {"net": {"part": {"y": [3]}}, "codec": {"z": 1}}) == {
+        "net": {"kind": "a", "dim": 8, "part": {"x": 1, "y": [3]}}, "steps": 4, "codec": {"z": 1}}
+    assert layered(below, {"net": {"kind": "b", "width": 2}})["net"] == {"kind": "b", "width": 2}
+    assert layered(below, {"net": {"kind": "a", "dim": 9}})["net"] == {**below["net"], "dim": 9}
+    assert layered(below, {"net": None})["net"] is None and layered(below, {}) == below
+    tiny = catalog.config_class("dit").preset("tiny")
+    config, args = resolve("dit", preset="tiny", file={"config": {"net": {"depth": 3}}, "train": {"lr": 0.5}})
+    assert config.net == tiny.net.model_copy(update={"depth": 3}) and args.lr == 0.5
+    assert config == tiny.model_copy(update={"net": config.net})

@@ -1,7 +1,7 @@
 """A whole set of pictures or sounds encoded once, for training on what a codec makes of it."""
 
 from collections.abc import Callable
-from itertools import groupby, islice
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -9,7 +9,10 @@ from torch import Tensor
 
 from nexus.data.audio import AudioSet, crop, drawn_places
 from nexus.data.images import ImageSet
+from nexus.data.kept import Make, Watch, unkept
 from nexus.rng import generator
+
+Keep = Callable[[int, Make, Watch], list[Tensor]]       # a Shelf, or `unkept`
 
 CHUNK = 64      # pictures encoded at once; fixed, so that the same set always gives the same latents
 TOGETHER = 8    # sounds, likewise
@@ -19,20 +22,24 @@ class LatentSet:
     """Batches like those of its ImageSet, with "latent" [B, C, h, w] float32 in place of "image".
 
     encode: pictures [B, C, H, W] in [-1, 1] -> latents. variants: how many randomly shifted (by up to `shift` pixels)
-    and mirrored copies of every picture are kept; a batch takes one of them at random.
+    and mirrored copies of every picture are made; a batch takes one of them at random. keep: makes all parts, or reads
+    those that are kept. watch: is told pictures.
     """
 
     def __init__(self, images: ImageSet, encode: Callable[[Tensor], Tensor], *, shift: int = 0, flip: float = 0.0,
-                 variants: int = 1, watch: Callable[[int, int], None] = lambda done, total: None):
+                 variants: int = 1, keep: Keep = unkept, watch: Watch = lambda done, total: None):
         self.images, self.facts = images, images.facts
-        plain = not shift and not flip
-        parts = []
-        for variant in range(1 if plain else variants):
-            rng = generator(0, "latents", variant)
-            for start in range(0, len(images), CHUNK):
-                indices = list(range(start, min(start + CHUNK, len(images))))
-                parts.append(encode(images.batch(indices, rng, shift=shift, flip=flip)["image"]).float().cpu())
-                watch(variant * len(images) + start, len(images) * variants)
+        copies, chunks = variants if shift or flip else 1, -(-len(images) // CHUNK)
+
+        def make(number: int) -> list[Tensor]:
+            variant, start = number // chunks, number % chunks * CHUNK
+            indices = list(range(start, min(start + CHUNK, len(images))))
+            pictures = images.batch(indices, generator(0, "latents", variant, start), shift=shift, flip=flip)
+            return [encode(pictures["image"]).float().cpu()]
+
+        def told(done: int, total: int) -> None:
+            watch(done * len(images) // chunks, total * len(images) // chunks)
+        parts = keep(copies * chunks, make, told)
         self._latents = torch.cat(parts).unflatten(0, (-1, len(images)))    # [variants, pictures, C, h, w]
 
     def __len__(self) -> int:
@@ -49,18 +56,22 @@ class CodeSet:
 
     encode: sounds [B, C, T] in [-1, 1] -> ids [B, K, F] < 2^15. Every sound is encoded whole, once, neighbours of one
     length together; a batch takes the frames of one crop's length at places drawn from rng, and the samples there, to
-    within a frame.
+    within a frame. keep: makes all parts, or reads those that are kept. watch: is told sounds.
     """
 
-    def __init__(self, sounds: AudioSet, encode: Callable[[Tensor], Tensor], *,
-                 watch: Callable[[int, int], None] = lambda done, total: None):
+    def __init__(self, sounds: AudioSet, encode: Callable[[Tensor], Tensor], *, keep: Keep = unkept,
+                 watch: Watch = lambda done, total: None):
         self.sounds, self.facts = sounds, sounds.facts
-        self._codes = []
         self.frames = encode(torch.zeros(1, sounds.facts.channels, sounds.length)).shape[-1]
-        for _, alike in groupby(map(self._long_enough, range(len(sounds))), lambda whole: whole.shape):
-            while part := list(islice(alike, TOGETHER)):
-                self._codes.extend(encode(torch.stack(part)).to("cpu", torch.int16).numpy())
-                watch(len(self._codes), len(sounds))
+
+        def make(number: int) -> list[Tensor]:
+            places = range(number * TOGETHER, min((number + 1) * TOGETHER, len(sounds)))
+            alike = (list(part) for _, part in groupby(map(self._long_enough, places), lambda whole: whole.shape))
+            return [ids for part in alike for ids in encode(torch.stack(part)).to("cpu", torch.int16)]
+
+        parts = keep(-(-len(sounds) // TOGETHER), make, lambda done, _: watch(min(done * TOGETHER, len(sounds)),
+                                                                              len(sounds)))
+        self._codes = [ids.numpy() for ids in parts]
 
     def _long_enough(self, i: int) -> Tensor:
         whole = self.sounds.get(i)

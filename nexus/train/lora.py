@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from nexus import catalog, checkpoint
-from nexus.config import Config
+from nexus.config import Config, layered
 from nexus.convert.lora_run import base_config, base_of, dressed, fill_base
 from nexus.errors import UsageError
 from nexus.nn.lora import LoRAConfig
@@ -37,7 +37,8 @@ def settings(system: str, lora: dict, preset: str | None, file: dict | None, ove
     file = file or {}
     recipe = RECIPE | (cls.recipes.get(preset, {}) if preset else {})
     args = TrainArgs.parse(recipe | file.get("train", {}))
-    return overridden(cls.parse(base_config(system, lora["base"]) | file.get("config", {})), args, overrides, flags)
+    fields = layered(base_config(system, lora["base"]), file.get("config", {}))
+    return overridden(cls.parse(fields), args, overrides, flags)
 
 
 def begin(built: torch.nn.Module, system: str, lora: dict, run: Path, sharding: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,19 +11,21 @@ import torch
 
 from nexus import __version__, catalog, checkpoint
 from nexus.atomic import write_text
-from nexus.config import Config
+from nexus.config import Config, layered
 from nexus.convert.lora_run import like_base
 from nexus.data.domains import open_for
 from nexus.data.images import ImageSet
-from nexus.data.latents import CodeSet, LatentSet
+from nexus.data.kept import Shelf, unkept
+from nexus.data.latents import CodeSet, Keep, LatentSet
 from nexus.data.order import indices
 from nexus.errors import InputError, UsageError
 from nexus.nn.lora import LoRAConfig
 from nexus.nn.precision import has_bfloat16
+from nexus.process.pairs import fingerprint
 from nexus.train import lora as loras
 from nexus.train import run as runs
 from nexus.train.args import TrainArgs, overridden
-from nexus.train.distributed import barrier, join, leave
+from nexus.train.distributed import World, barrier, join, leave
 from nexus.train.engine import Hooks, autocast, fit, shows
 from nexus.train.pictures import sheet, write_report, write_samples
 from nexus.train.sharding import shard
@@ -36,8 +39,9 @@ def resolve(system: str, *, preset: str | None = None, file: dict | None = None,
             flags: dict[str, Any] | None = None) -> tuple[Config, TrainArgs]:
     """The system's Config and the TrainArgs: defaults, then preset, then file, then --set, then flags.
 
-    file: {"config": {...}, "train": {...}}; where it is the description of a model, which says everything, and no
-    preset is named, the default preset has no say. Overrides are "train.KEY=VALUE" or "KEY.KEY=VALUE" of the system.
+    file: {"config": {...}, "train": {...}}, which changes no more than it names; where it is the description of a
+    model, which says everything, and no preset is named, the default preset has no say. Overrides are
+    "train.KEY=VALUE" or "KEY.KEY=VALUE" of the system.
     """
     cls = catalog.config_class(system)
     name = preset or cls.default_preset
@@ -45,7 +49,7 @@ def resolve(system: str, *, preset: str | None = None, file: dict | None = None,
     if surplus := file.keys() - {"config", "train", *DESCRIBED}:
         raise InputError(f"the settings file has an unknown section '{min(surplus)}'", hint="sections: config, train")
     whole = preset is None and "format" in file
-    fields = ({} if whole else cls.preset(name).to_json()) | file.get("config", {})
+    fields = layered({} if whole else cls.preset(name).to_json(), file.get("config", {}))
     args = TrainArgs.parse(({} if whole else cls.recipes.get(name, {})) | file.get("train", {}))
     if whole and args.precision == "bfloat16":          # that of the machine it was trained on
         args = args.model_copy(update={"precision": "auto"})
@@ -64,7 +68,7 @@ def _resumed(run: Path, system: str, data: str, preset: str | None, file: dict, 
     cls = catalog.config_class(system)
     base = cls.preset(preset).to_json() if preset else stored["config"]
     args = TrainArgs.parse(stored["train"] | file.get("train", {}))
-    return overridden(cls.parse(base | file.get("config", {})), args, overrides, flags)
+    return overridden(cls.parse(layered(base, file.get("config", {}))), args, overrides, flags)
 
 
 def _check_same(run: Path, config: Config, args: TrainArgs, init: str | None, digest: str) -> str | None:
@@ -256,6 +260,15 @@ def _prepared(images: ImageSet, system: torch.nn.Module, args: TrainArgs, run: P
     return opens() if opens else None
 
 
+def _shelf(system: torch.nn.Module, facts: dict, run: Path, world: World) -> Keep:
+    """Where a run keeps what its codec makes of the data, so that going on does not encode it anew."""
+    codec = getattr(system, "codec", None)
+    if codec is None:
+        return unkept
+    return Shelf(run / "encoded", facts | {"codec": fingerprint(codec)}, rank=world.rank, ranks=world.size,
+                 meet=partial(barrier, world))
+
+
 def _batches(images: ImageSet, system: torch.nn.Module, args: TrainArgs, run: Path, world, device, progress):
     """batch_at(position, size, rng): the pictures of one part of one step, on this rank."""
     source, augment = images, {"shift": args.shift, "flip": args.flip}
@@ -269,8 +282,10 @@ def _batches(images: ImageSet, system: torch.nn.Module, args: TrainArgs, run: Pa
 
         def watch(done: int, total: int) -> None:
             progress({"encoded": done, "of": total})
-        source = CodeSet(images, encode, watch=watch) if images.medium == "audio" else \
-            LatentSet(images, encode, **augment, variants=args.variants, watch=watch)
+        facts = {"data": images.facts.digest, "precision": args.precision, "variants": args.variants, **augment}
+        keep = _shelf(system, facts, run, world)
+        source = CodeSet(images, encode, keep=keep, watch=watch) if images.medium == "audio" else \
+            LatentSet(images, encode, **augment, variants=args.variants, keep=keep, watch=watch)
         augment = {}
 
     def batch_at(position: int, size: int, rng: torch.Generator) -> dict:

@@ -227,6 +227,19 @@ def test_a_torn_line_of_metrics_is_written_anew(end, pictures, uncut, tmp_path):
     assert toys.contents(run) == uncut("plain")
 
 
+def test_what_the_codec_made_of_the_pictures_is_kept_for_going_on(pictures, tmp_path, monkeypatch):
+    latent = {"preset": "tiny-latent", "flags": {"steps": 8, "batch_size": 4, "shift": 1, "variants": 2}}
+    go(pictures, tmp_path / "uncut", "gan", **latent)
+    with pytest.raises(StoppedError):
+        go(pictures, tmp_path / "run", "gan", **latent, progress=stop_after(5))
+
+    def never(codec, x):
+        raise AssertionError("encoded again")
+    monkeypatch.setattr("nexus.process.adversarial.encoded", never)
+    go(pictures, tmp_path / "run", "gan")
+    assert toys.contents(tmp_path / "run") == toys.contents(tmp_path / "uncut")
+
+
 # --- what may not change -------------------------------------------------------------------------------------------
 
 @pytest.fixture
