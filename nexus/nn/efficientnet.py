@@ -23,7 +23,8 @@ STEM = 32
 SEEN = (1, 2, 4, 6)                     # the groups whose results are a level of the pyramid: strides 4, 8, 16, 32
 LEVELS = tuple(GROUPS[i][3] for i in SEEN)
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet, RGB in [0, 1]
-MADE_BY = "nexus convert efficientnet-lite1-77cc7160.pth FILE.safetensors --to efficientnet"
+MADE_BY = ("nexus convert efficientnet-lite1-77cc7160.pth FILE.safetensors --to efficientnet, then --set "
+           "critic.weights=FILE.safetensors (a GAN) or features=FILE.safetensors (a codec)")
 
 
 def same(x: Tensor, kernel: int, stride: int) -> Tensor:
@@ -84,7 +85,8 @@ class EfficientNet(nn.Module):
 def opened(file: str, device: torch.device) -> EfficientNet:
     """The network with the weights in `file`; ModelError when it is not there, or is not such a file."""
     if not Path(file).is_file():
-        raise ModelError(f"there is no file of EfficientNet weights {file}", hint=MADE_BY)
+        said = f"there is no file of EfficientNet weights '{file}'" if file else "no file of EfficientNet weights is named"
+        raise ModelError(said, hint=MADE_BY)
     try:
         with torch.inference_mode(False):           # a training may share what an evaluation opened
             state = load_file(file)

@@ -42,6 +42,11 @@ def checkpoints(run: Path) -> list[int]:
     return sorted(int(m[1]) for p in run.glob("step-*") if (m := STEP.fullmatch(p.name)))
 
 
+def has_learnt(run: Path) -> bool:
+    """Whether the run has, or had, a checkpoint."""
+    return bool(checkpoints(run)) or any(run.glob("step-*.bad"))
+
+
 def newest_good(run: Path, report: Callable[[str], None]) -> int | None:
     """The newest checkpoint whose every file verifies; damaged ones are set aside as *.bad and reported.
 
@@ -57,7 +62,7 @@ def newest_good(run: Path, report: Callable[[str], None]) -> int | None:
         aside = folder.with_name(folder.name + ".bad")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-    if steps or list(run.glob("step-*.bad")):
+    if has_learnt(run):
         raise ModelError(f"no good checkpoint is left in {run}", hint="start anew with another --run")
     return None
 

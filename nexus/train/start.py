@@ -72,11 +72,16 @@ def _resumed(run: Path, system: str, data: str, preset: str | None, file: dict, 
 
 
 def _check_same(run: Path, config: Config, args: TrainArgs, init: str | None, digest: str) -> str | None:
-    """Refuse to go on with other data, or with another value of anything that shapes the weights; -> the run's init."""
+    """Refuse to go on with other data, or with another value of anything that shapes the weights; -> the run's init.
+
+    A run without a checkpoint, whose first steps failed, has learnt nothing yet: there, values may change.
+    """
     stored = checkpoint.read_description(run)
     if stored.get("data_digest") != digest:
         raise InputError(f"the data of {run} has changed since the run began",
                          hint="restore it, or start anew with another --run")
+    if not runs.has_learnt(run):
+        return init or stored.get("init")
     old = stored["config"] | TrainArgs.parse(stored["train"]).to_json() | {"init": stored.get("init")}
     new = config.to_json() | args.to_json() | ({"init": init} if init else {})
     if changed := [k for k in new if old.get(k) != new[k] and k not in MAY_CHANGE]:
@@ -179,7 +184,7 @@ def _train(system, data, run, device, world, preset, file, overrides, flags, ini
     built = shard(built.to(device), args, world, device)
     facts = {"train": args.to_json(), "data": data, "data_digest": images.facts.digest, "nexus": __version__,
              **({"lora": lora} if lora else {})}
-    if not begun and world.is_main:
+    if world.is_main and not (begun and runs.has_learnt(run)):
         described = {"format": "nexus/1", "system": system, "config": config.to_json(), **facts,
                      "init": init, "environment": _environment(device, world.size)}
         write_text(run / "config.json", json.dumps(described, indent=1, sort_keys=True, ensure_ascii=False) + "\n",

@@ -286,6 +286,18 @@ def test_another_settings_file_is_refused(stopped, pictures):
         go(pictures, stopped, config={"config": {"hidden": 32}})
 
 
+def test_a_run_that_learnt_nothing_takes_other_settings(pictures, tmp_path, uncut):
+    """Its first step failed, for want of a file say: it is not a reason to look for another name."""
+    with pytest.raises(ZeroDivisionError):
+        go(pictures, tmp_path / "run", flags={"lr": 0.5}, progress=lambda row: 1 / 0)
+    assert not runs.checkpoints(tmp_path / "run")
+    kept = checkpoint.read_description(tmp_path / "run")["train"]
+    assert kept["lr"] == 0.5
+    assert go(pictures, tmp_path / "run", flags={"lr": 1e-2})["resumed"] == 0
+    assert checkpoint.read_description(tmp_path / "run")["train"] == kept | {"lr": 1e-2}
+    assert toys.contents(tmp_path / "run") == uncut("plain")
+
+
 def test_another_system_or_another_data_set_is_refused(stopped, pictures, tmp_path):
     with pytest.raises(UsageError, match="toy-gan"):
         go(pictures, stopped, "toy-gan")
