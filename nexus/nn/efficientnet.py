@@ -85,8 +85,8 @@ class EfficientNet(nn.Module):
 def opened(file: str, device: torch.device) -> EfficientNet:
     """The network with the weights in `file`; ModelError when it is not there, or is not such a file."""
     if not Path(file).is_file():
-        said = f"there is no file of EfficientNet weights '{file}'" if file else "no file of EfficientNet weights is named"
-        raise ModelError(said, hint=MADE_BY)
+        raise ModelError(f"there is no file of EfficientNet weights '{file}'" if file else
+                         "no file of EfficientNet weights is named", hint=MADE_BY)
     try:
         with torch.inference_mode(False):           # a training may share what an evaluation opened
             state = load_file(file)

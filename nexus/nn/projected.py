@@ -37,9 +37,9 @@ class ProjectedCriticConfig(Config):
     end: int = Field(8, ge=SCORED)
     norm: Literal["batch"] = "batch"
 
-    def build(self, net: Config) -> "ProjectedCritic":
-        """The critic of what a generator of config `net` makes."""
-        return ProjectedCritic(self, net.size)
+    def build(self, size: int) -> "ProjectedCritic":
+        """The critic of pictures of `size` pixels."""
+        return ProjectedCritic(self, size)
 
 
 class Mixer(nn.Module):

@@ -23,7 +23,7 @@ from nexus.nn.gan_blocks import frozen
 from nexus.nn.gan_resnet import LATENT_CRITIC, LATENT_NET, ResCriticConfig, ResGeneratorConfig
 from nexus.nn.projected import ProjectedCritic, ProjectedCriticConfig
 from nexus.phase import Phase
-from nexus.process.codec import SHARED_CODEC, CodecConfig, decoded, encoded
+from nexus.process.codec import SHARED_CODEC, CodecConfig, decoded, encoded, training_picture, unclipped
 from nexus.process.latents import codes
 from nexus.requests import ONE_STEP, SampleRequest, refuse
 from nexus.rng import generator
@@ -50,7 +50,8 @@ class AdversarialConfig(Config):
     nexus/losses/regularisers.py; r1 and r2 are on the pictures as the critic sees them, after `augment`, and
     penalty_every: only in every so many steps, that much stronger (Karras et al. 2020, B). clip: limit of the critic's
     weights, 0 = none. auxiliary: weight of the class guess of a critic with label "auxiliary".
-    codec: the game is played with its latents in place of pictures, at a fraction of the cost; `net` then makes those.
+    codec: `net` makes its latents. The game is played with these in place of pictures, at a fraction of the cost, but
+    for a projected critic, which sees what the codec makes of them.
     """
 
     net: AnyGenerator = DCGeneratorConfig()
@@ -75,8 +76,6 @@ class AdversarialConfig(Config):
         if widths and 4 * 2 ** (len(widths) - 1) != self.net.size:
             raise ValueError(f"critic.widths: {len(widths)} resolutions are of {4 * 2 ** (len(widths) - 1)} pixels, "
                              f"the generator makes {self.net.size}")
-        if self.codec and isinstance(self.critic, ProjectedCriticConfig):
-            raise ValueError("codec: a projected critic sees pictures, not a codec's latents")
         if getattr(self.critic, "label", "none") != "none" and self.conditioner.kind == "none":
             raise ValueError("critic.label: a critic that sees labels needs conditioner.kind label")
         if (self.r1 or self.r2 or self.gp) and getattr(self.critic, "norm", "none") == "batch":
@@ -120,7 +119,8 @@ class Adversarial(nn.Module):
         self.codec = config.codec.build() if config.codec else None
         self.external = config.codec.external() if config.codec else {}
         self.net: nn.Module = config.net.build()
-        self.critic: nn.Module = config.critic.build(config.net)
+        self.sees = isinstance(config.critic, ProjectedCriticConfig)        # pictures, whatever the generator makes
+        self.critic: nn.Module = config.critic.build(config.image_size if self.sees else config.net)
         self.conditioner = config.conditioner.build()
 
     def phases(self) -> tuple[Phase, ...]:
@@ -140,7 +140,7 @@ class Adversarial(nn.Module):
         """How badly real and made pictures are told apart, and the penalties, each logged by its name."""
         c, real, cond = self.config, self._real(batch), self._cond(batch, rng)
         with torch.no_grad():
-            fake = self.net(self._draw(real, rng), cond)
+            fake = self._shown(self.net(self._draw(real, rng), cond))
         real, fake = (diff_augment(x.float(), rng, c.augment) for x in (real, fake))
         weights = self._penalties(step)
         real, fake = real.requires_grad_("r1" in weights), fake.requires_grad_("r2" in weights)
@@ -165,7 +165,7 @@ class Adversarial(nn.Module):
     def generator_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """How well the critic is deceived, with the share of the data's diversity that the pictures have."""
         c, truth, cond = self.config, self._real(batch), self._cond(batch, rng)
-        fake = self.net(self._draw(truth, rng), cond)
+        fake = self._shown(self.net(self._draw(truth, rng), cond))
         with frozen(self.critic) as critic:
             scores, guessed = critic(diff_augment(fake.float(), rng, c.augment), cond)
             real = torch.zeros_like(scores)
@@ -183,8 +183,14 @@ class Adversarial(nn.Module):
         every = {"r1": c.penalty_every, "r2": c.penalty_every, "gp": 1, "drift": 1}
         return {name: getattr(c, name) * n for name, n in every.items() if getattr(c, name) and (step + 1) % n == 0}
 
+    def _shown(self, made: Tensor) -> Tensor:
+        """What the generator made, as the critic is to see it."""
+        return unclipped(self.codec, made) if self.sees else made
+
     @torch.no_grad()
     def _real(self, batch: dict) -> Tensor:
+        if self.sees:
+            return training_picture(batch)
         return batch["latent"] if "latent" in batch else self.encode(batch["image"])
 
     def _cond(self, batch: dict, rng: torch.Generator) -> dict | None:

@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from nexus.codecs.kl_image import KLConfig
 from nexus.convert.convert import convert
 from nexus.errors import InputError, ModelError, UsageError
 from nexus.models.gan.base_gan import GANConfig
 from nexus.nn import efficientnet
-from nexus.nn.dcgan import DCGeneratorConfig
 from nexus.nn.gan_blocks import frozen
 from nexus.nn.projected import Mixer, ProjectedCriticConfig
 from nexus.rng import generator
@@ -34,7 +34,7 @@ def pictures(n=2, side=64, seed=0):
 
 def built(weights, **more):
     config = ProjectedCriticConfig.parse({"weights": weights, "width": 8} | more)
-    return config.build(DCGeneratorConfig(size=64))
+    return config.build(64)
 
 
 @pytest.mark.parametrize("name, side", [("lite0", 224), ("lite1", 240)])
@@ -122,18 +122,24 @@ def test_gradients_reach_pictures_and_heads_but_no_frozen_part(weights):
     assert not any(p.requires_grad for p in critic.mixer.parameters())
 
 
-def game(weights):
-    return GANConfig.preset("emoji-projected").override(
-        ["net.widths=[8,8,8,8]", "net.latents=4", f"critic.weights={weights}", "critic.width=4", "critic.levels=2"])
+LATENT = {"net": {"kind": "resnet", "widths": (8, 8), "blocks": 1, "channels": 4, "norm": "batch"},
+          "codec": {"net": KLConfig.presets["tiny"]}}
+PIXELS = {"net": {"kind": "resnet", "widths": (8, 8, 8), "blocks": 1, "norm": "batch"}}
 
 
-def test_the_game_is_learnt(weights):
-    """The critic tells noise from a plain picture within some steps, and its file is missed before the first."""
+def game(weights, kind):
+    critic = {"kind": "projected", "width": 4, "levels": 2, "side": 32, "weights": str(weights)}
+    return GANConfig.parse(kind | {"critic": critic, "loss": "hinge", "augment": ["color", "translation", "cutout"]})
+
+
+@pytest.mark.parametrize("kind", [PIXELS, LATENT], ids=["pixels", "latents"])
+def test_the_game_is_learnt(weights, kind):
+    """The critic tells noise from a plain picture within some steps, whether or not a codec stands before it."""
     torch.manual_seed(0)
-    system = game(weights).build()
+    system = game(weights, kind).build()
     critic, maker = system.phases()
     optimizer = torch.optim.Adam([p for p in critic.module.parameters() if p.requires_grad], 2e-3, betas=(0.0, 0.99))
-    batch, losses = {"image": torch.full((4, 3, 32, 32), 0.5)}, []
+    batch, losses = {"image": torch.full((4, 3, 16, 16), 0.5)}, []
     for step in range(12):
         values = critic.loss(batch, generator(0, "game", step), step)
         optimizer.zero_grad()
@@ -144,10 +150,15 @@ def test_the_game_is_learnt(weights):
     values = maker.loss(batch, generator(0, "game", 99), 99)
     values["loss"].backward()
     assert values["loss"].isfinite() and all(p.grad is not None for p in system.net.parameters())
-    with pytest.raises(ModelError, match="no file of EfficientNet weights nowhere"):
-        game("nowhere").build().phases()
+    if system.codec is not None:
+        assert all(p.grad is None for p in system.codec.parameters())
 
 
-def test_it_plays_with_pictures_alone():
-    with pytest.raises(InputError, match="a projected critic sees pictures"):
-        GANConfig.parse(GANConfig.presets["emoji"] | {"critic": {"kind": "projected"}, "r1": 0.0, "r2": 0.0})
+def test_what_it_needs_is_missed_before_the_first_step(weights):
+    with pytest.raises(ModelError, match="no file of EfficientNet weights 'nowhere'"):
+        game("nowhere", PIXELS).build().phases()
+    with pytest.raises(ModelError, match="is named"):
+        game("", PIXELS).build().phases()
+    system = game(weights, LATENT).build()
+    with pytest.raises(InputError, match="looks at pictures"):
+        system.critic_loss({"latent": torch.zeros(4, 4, 8, 8)}, generator(0, "game"), 0)

@@ -4,8 +4,9 @@
 from typing import ClassVar
 
 from nexus.codecs.kl_image import KLConfig
-from nexus.nn.gan_resnet import EMOJI_NET
+from nexus.nn.gan_resnet import EMOJI_NET, LATENT_NET
 from nexus.process.adversarial import EMOJI, EMOJI_RECIPE, AdversarialConfig
+from nexus.process.codec import SHARED_CODEC
 
 TINY_NET = {"kind": "dcgan", "size": 16, "width": 8, "latents": 16}
 _TINY_WIDTHS = {"kind": "resnet", "widths": (16, 16, 8), "blocks": 1, "group": 8}
@@ -24,9 +25,8 @@ class GANConfig(AdversarialConfig):
         "dcgan": {},
         "emoji": EMOJI,
         "emoji-pixels": _MODERN | {"net": EMOJI_NET, "critic": EMOJI_NET, "r1": 2.0, "r2": 2.0},
-        "emoji-projected": {"net": EMOJI_NET | {"widths": (256, 192, 128, 64, 32), "norm": "batch", "bounded": True,
-                                                "spectral": True},
-                            "loss": "hinge", "critic": {"kind": "projected", "width": 64}, "critic_rate": 0.4,
+        "emoji-projected": {"net": LATENT_NET | {"norm": "batch"}, "codec": SHARED_CODEC, "loss": "hinge",
+                            "critic": {"kind": "projected", "width": 32, "side": 128},
                             "augment": ("color", "translation", "cutout")},
         "digits": {"net": {"kind": "dcgan", "size": 32, "channels": 1, "width": 32, "latents": 64},
                    "critic": {"kind": "dcgan", "width": 32, "norm": "none"},
@@ -41,8 +41,7 @@ class GANConfig(AdversarialConfig):
                   "clip": 0.0},
         "emoji": EMOJI_RECIPE,
         "emoji-pixels": EMOJI_RECIPE | {"final_lr": 0.25, "cache_latents": False, "shift": 0, "variants": 1},
-        "emoji-projected": EMOJI_RECIPE | {"schedule": "constant", "lr": 5e-4, "flip": 0.0, "cache_latents": False,
-                                           "shift": 0, "variants": 1},
+        "emoji-projected": EMOJI_RECIPE | {"schedule": "constant", "cache_latents": False, "variants": 1},
         "digits": {"steps": 5000, "batch_size": 64, "optimizer": "adam", "lr": 2e-4, "betas": (0.5, 0.99),
                    "clip": 0.0, "ema": 0.998},
     }
