@@ -117,7 +117,7 @@ class _Work:
 
     tracker: Any
     interrupts: Interrupts
-    told: str | None = None                             # the last end of a prompt that was said to be cut
+    told = ""                                           # the last that was said of how a prompt is understood
 
     def __init__(self, engine: Engine, ways: Ways, out: Output, attempts: dict[str, int], total: int):
         self.engine, self.ways, self.out, self.attempts, self.total = engine, ways, out, attempts, total
@@ -194,9 +194,7 @@ class _Work:
                   **({} if style.loudness is None else {"loudness": style.loudness})}
         if record.get("model"):
             record["model"] = short_name(str(record["model"]))
-        if record.get("cut") not in (None, self.told):
-            self.told = record["cut"]
-            self.out.note(f"the model does not read the end of the prompt: {self.told}")
+        self._tell(record)
         data = kind.encode(item, job.path, record if self.ways.metadata else None, style)
         seen = kind.look(item) if self.ways.grid or self.ways.show or self.ways.beside else None
         if job.path is None:
@@ -218,6 +216,19 @@ class _Work:
             self.kept.append((job, seen))
         if self.ways.show:
             self._show(seen)
+
+    def _tell(self, record: dict) -> None:
+        """How the model understands a prompt, once; in a batch only where that may surprise."""
+        said = ""
+        if record.get("cut"):
+            said = f"the model does not read the end of the prompt: {record['cut']}"
+        elif record.get("prompt") and record.get("class") and not (record.get("exact") and self.ways.batch):
+            nearest = "" if record.get("exact") else f", the nearest to '{record['prompt']:.80}'"
+            style = f" in the style {record['style']}" if record.get("style") else ""
+            said = f"class '{record['class']}'{style}{nearest}"
+        if said and said != self.told:
+            self.told = said
+            self.out.note(said)
 
     def _beside(self, picture, path: Path, record: dict) -> None:
         from nexus import images

@@ -210,3 +210,15 @@ def test_models_of_another_kind_are_refused(warm, trained, tmp_path):
     assert warm("sample", "ddpm", "-m", "./a.safetensors", "-s", 1, cwd=tmp_path).returncode == 4
     assert warm("sample", "ddpm", "-m", "no-such-name", "-s", 1, cwd=tmp_path).returncode == 4
     assert warm("sample", "ddpm", "-m", trained, "-s", 1, "--device", "cuda:99", cwd=tmp_path).returncode == 5
+
+
+def test_the_class_that_a_prompt_is_taken_for_is_said(warm, tmp_path):
+    def said(*arguments):
+        done = warm("sample", "cgan", "--device", "cpu", "-s", 1, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr.decode()
+        return [line for line in done.stderr.decode().splitlines() if "class" in line]
+    assert said("-p", "7", "-N", 2, "-o", "exact/") == ["class 'seven'"]
+    assert said("-p", "sevn", "-o", "near/") == ["class 'seven', the nearest to 'sevn'"]
+    assert said("-N", 2, "-o", "drawn/") == said("-q", "-p", "sevn", "-o", "quiet/") == []
+    (tmp_path / "many.txt").write_text("7\nsevn\nthree\n")
+    assert said("-b", "many.txt", "-o", "many/") == ["class 'seven', the nearest to 'sevn'"]
