@@ -23,7 +23,7 @@ from nexus.nn.gan_blocks import frozen
 from nexus.nn.gan_resnet import LATENT_CRITIC, LATENT_NET, ResCriticConfig, ResGeneratorConfig
 from nexus.nn.projected import ProjectedCritic, ProjectedCriticConfig
 from nexus.phase import Phase
-from nexus.process.codec import SHARED_CODEC, CodecConfig, decoded, encoded, training_picture, unclipped
+from nexus.process.codec import SHARED_CODEC, CodecConfig, decoded, encoded, unclipped
 from nexus.process.latents import codes
 from nexus.requests import ONE_STEP, SampleRequest, refuse
 from nexus.rng import generator
@@ -138,9 +138,9 @@ class Adversarial(nn.Module):
 
     def critic_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """How badly real and made pictures are told apart, and the penalties, each logged by its name."""
-        c, real, cond = self.config, self._real(batch), self._cond(batch, rng)
+        c, truth, cond = self.config, self._real(batch), self._cond(batch, rng)
         with torch.no_grad():
-            fake = self._shown(self.net(self._draw(real, rng), cond))
+            real, fake = (self._shown(x) for x in (truth, self.net(self._draw(truth, rng), cond)))
         real, fake = (diff_augment(x.float(), rng, c.augment) for x in (real, fake))
         weights = self._penalties(step)
         real, fake = real.requires_grad_("r1" in weights), fake.requires_grad_("r2" in weights)
@@ -165,13 +165,13 @@ class Adversarial(nn.Module):
     def generator_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """How well the critic is deceived, with the share of the data's diversity that the pictures have."""
         c, truth, cond = self.config, self._real(batch), self._cond(batch, rng)
-        fake = self._shown(self.net(self._draw(truth, rng), cond))
+        fake = self.net(self._draw(truth, rng), cond)
         with frozen(self.critic) as critic:
-            scores, guessed = critic(diff_augment(fake.float(), rng, c.augment), cond)
+            scores, guessed = critic(diff_augment(self._shown(fake).float(), rng, c.augment), cond)
             real = torch.zeros_like(scores)
             if c.loss == "relativistic":                # the others do not look at real pictures
                 with torch.no_grad():
-                    real = critic(diff_augment(truth, rng, c.augment), cond)[0]
+                    real = critic(diff_augment(self._shown(truth), rng, c.augment), cond)[0]
         loss = LOSSES[c.loss].generator(real.float(), scores.float())
         if guessed is not None:
             loss = loss + c.auxiliary * F.cross_entropy(guessed.float(), batch["label"])
@@ -184,13 +184,11 @@ class Adversarial(nn.Module):
         return {name: getattr(c, name) * n for name, n in every.items() if getattr(c, name) and (step + 1) % n == 0}
 
     def _shown(self, made: Tensor) -> Tensor:
-        """What the generator made, as the critic is to see it."""
+        """What the generator makes, or real latents, as the critic sees it: both painted by the same codec."""
         return unclipped(self.codec, made) if self.sees else made
 
     @torch.no_grad()
     def _real(self, batch: dict) -> Tensor:
-        if self.sees:
-            return training_picture(batch)
         return batch["latent"] if "latent" in batch else self.encode(batch["image"])
 
     def _cond(self, batch: dict, rng: torch.Generator) -> dict | None:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from nexus.codecs.kl_image import KLConfig
 from nexus.codecs.vq_image import VQConfig
 from nexus.config import Config
-from nexus.errors import InputError
 
 
 class CodecConfig(Config):
@@ -50,11 +49,3 @@ def unclipped(codec: nn.Module | None, z: Tensor) -> Tensor:
     if codec is not None:
         z = codec.decode(z.to(next(codec.parameters()).dtype))
     return z.float()
-
-
-def training_picture(batch: dict) -> Tensor:
-    """The pictures of a training batch; InputError when only their latents were kept."""
-    if "image" not in batch:
-        raise InputError("this system looks at pictures themselves, which cached latents do not hold",
-                         hint="--set train.cache_latents=false")
-    return batch["image"]

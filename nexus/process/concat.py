@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus.config import Config
-from nexus.errors import UsageError
+from nexus.errors import InputError, UsageError
 from nexus.process.predictions import over
 from nexus.process.sources import Known, read_known
 from nexus.requests import SampleRequest
@@ -99,6 +99,14 @@ class UpscaleConcat(Config):
 
 
 AnyConcat = Annotated[InpaintConcat | UpscaleConcat, Field(discriminator="kind")]
+
+
+def training_picture(batch: dict) -> Tensor:
+    """The pictures of a training batch; InputError when only their latents were kept."""
+    if "image" not in batch:
+        raise InputError("this system is conditioned on pictures, which cached latents do not hold",
+                         hint="--set train.cache_latents=false")
+    return batch["image"]
 
 
 def hidden(image: Tensor, mask: Tensor, encode: Callable) -> Tensor:

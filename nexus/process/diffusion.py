@@ -14,8 +14,8 @@ from nexus.losses import lpips
 from nexus.media import Media
 from nexus.phase import Phase
 from nexus.process import coupling, samplers
-from nexus.process.codec import CodecConfig, decoded, encoded, training_picture, unclipped
-from nexus.process.concat import AnyConcat
+from nexus.process.codec import CodecConfig, decoded, encoded, unclipped
+from nexus.process.concat import AnyConcat, training_picture
 from nexus.process.likelihood import hybrid_vlb
 from nexus.process.outpaint import sized
 from nexus.process.paths import AnyPath, DiscretePath

@@ -159,6 +159,3 @@ def test_what_it_needs_is_missed_before_the_first_step(weights):
         game("nowhere", PIXELS).build().phases()
     with pytest.raises(ModelError, match="is named"):
         game("", PIXELS).build().phases()
-    system = game(weights, LATENT).build()
-    with pytest.raises(InputError, match="looks at pictures"):
-        system.critic_loss({"latent": torch.zeros(4, 4, 8, 8)}, generator(0, "game"), 0)

@@ -17,7 +17,8 @@ from nexus.errors import ModelError
 from nexus.media import Media
 from nexus.models.diffusion.unet import UNet, UNetConfig
 from nexus.nn.perturb import Perturb
-from nexus.process.codec import SHARED_CODEC, CodecConfig, training_picture
+from nexus.process.codec import SHARED_CODEC, CodecConfig
+from nexus.process.concat import training_picture
 from nexus.process.control import HINTS, controlled, hint_of
 from nexus.process.diffusion import Diffusion, DiffusionConfig
 from nexus.process.paths import AnyPath, DiscretePath

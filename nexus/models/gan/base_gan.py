@@ -41,7 +41,7 @@ class GANConfig(AdversarialConfig):
                   "clip": 0.0},
         "emoji": EMOJI_RECIPE,
         "emoji-pixels": EMOJI_RECIPE | {"final_lr": 0.25, "cache_latents": False, "shift": 0, "variants": 1},
-        "emoji-projected": EMOJI_RECIPE | {"schedule": "constant", "cache_latents": False, "variants": 1},
+        "emoji-projected": EMOJI_RECIPE | {"schedule": "constant"},
         "digits": {"steps": 5000, "batch_size": 64, "optimizer": "adam", "lr": 2e-4, "betas": (0.5, 0.99),
                    "clip": 0.0, "ema": 0.998},
     }
