@@ -132,14 +132,16 @@ def game(weights, kind):
     return GANConfig.parse(kind | {"critic": critic, "loss": "hinge", "augment": ["color", "translation", "cutout"]})
 
 
-@pytest.mark.parametrize("kind", [PIXELS, LATENT], ids=["pixels", "latents"])
-def test_the_game_is_learnt(weights, kind):
+@pytest.mark.parametrize("kind, batch", [(PIXELS, {"image": torch.full((4, 3, 16, 16), 0.5)}),
+                                         (LATENT, {"latent": torch.linspace(-9, 9, 8).expand(4, 4, 8, 8)})],
+                         ids=["pixels", "latents"])
+def test_the_game_is_learnt(weights, kind, batch):
     """The critic tells noise from a plain picture within some steps, whether or not a codec stands before it."""
     torch.manual_seed(0)
     system = game(weights, kind).build()
     critic, maker = system.phases()
     optimizer = torch.optim.Adam([p for p in critic.module.parameters() if p.requires_grad], 2e-3, betas=(0.0, 0.99))
-    batch, losses = {"image": torch.full((4, 3, 16, 16), 0.5)}, []
+    losses = []
     for step in range(12):
         values = critic.loss(batch, generator(0, "game", step), step)
         optimizer.zero_grad()
