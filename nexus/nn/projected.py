@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nexus.config import Config
 from nexus.errors import InputError
 from nexus.nn.efficientnet import LEVELS, EfficientNet, opened
-from nexus.nn.gan_blocks import BatchNorm, lipschitz
+from nexus.nn.gan_blocks import BatchNorm, Labels, lipschitz
 
 SLOPE = 0.2
 SCORED = 4              # side of what a score sees of the last map
@@ -26,7 +26,8 @@ class ProjectedCriticConfig(Config):
     """weights: the file of the features. side: pictures are resized to it first, 0 = as they are.
 
     width: channels of the largest mixed map, twice as many in each smaller one. levels: how many maps have a critic of
-    their own. end: side of the maps that are scored.
+    their own. end: side of the maps that are scored. label "projection": a score is the inner product of what is seen
+    and of `label_dim` numbers of the label (Miyato & Koyama 2018).
     """
 
     kind: Literal["projected"] = "projected"
@@ -36,10 +37,13 @@ class ProjectedCriticConfig(Config):
     levels: int = Field(4, ge=1, le=len(LEVELS))
     end: int = Field(8, ge=SCORED)
     norm: Literal["batch"] = "batch"
+    label: Literal["none", "projection"] = "none"
+    label_dim: int = Field(64, ge=1)
 
-    def build(self, size: int) -> "ProjectedCritic":
-        """The critic of pictures of `size` pixels."""
-        return ProjectedCritic(self, size)
+    def build(self, net: Config, size: int) -> "ProjectedCritic":
+        """The critic of pictures of `size` pixels, told the labels that a generator of config `net` is told."""
+        return ProjectedCritic(self, size, Labels(net.num_classes if self.label != "none" else 0, net.num_styles,
+                                                  self.label_dim))
 
 
 class Mixer(nn.Module):
@@ -70,10 +74,14 @@ class Mixer(nn.Module):
         return out[::-1]
 
 
-class Head(nn.Sequential):
-    """A map [B, C, h, h] -> scores: halved until its side is `end` at most, then a convolution of four pixels."""
+class Head(nn.Module):
+    """A map [B, C, h, h] -> scores [B, 1, k, k]: halved until its side is `end` at most, then four pixels a score.
 
-    def __init__(self, channels: int, side: int, end: int, widest: int):
+    told: width of the labels' rows [B, told], 0 = there are none.
+    """
+
+    def __init__(self, channels: int, side: int, end: int, widest: int, told: int):
+        super().__init__()
         sides = [side]
         while sides[-1] > end:
             sides.append(sides[-1] // 2)
@@ -81,13 +89,20 @@ class Head(nn.Sequential):
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
             layers += [nn.Conv2d(a, b, 4, 2, 1, bias=False), BatchNorm(b), nn.LeakyReLU(SLOPE)]
-        super().__init__(*layers, nn.Conv2d(widths[-1], 1, SCORED, bias=False))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], told or 1, SCORED, bias=False))
+        self.row = nn.Sequential(nn.Linear(told, told), nn.LeakyReLU(SLOPE)) if told else None
+
+    def forward(self, h: Tensor, rows: Tensor | None) -> Tensor:
+        h = self.layers(h)
+        if rows is None:
+            return h
+        return (h * self.row(rows)[:, :, None, None]).sum(1, keepdim=True) / rows.shape[1] ** 0.5
 
 
 class ProjectedCritic(nn.Module):
-    """Pictures x [B, 3 or 1, H, W] in [-1, 1] -> scores [B, K] of all heads, and None: it guesses no class."""
+    """Pictures x [B, 3 or 1, H, W] in [-1, 1] (and labels) -> scores [B, K] of all heads, and None: no class."""
 
-    def __init__(self, config: ProjectedCriticConfig, size: int):
+    def __init__(self, config: ProjectedCriticConfig, size: int, labels: Labels):
         super().__init__()
         self.config, side = config, config.side or size
         if side >> config.levels < SCORED:
@@ -95,8 +110,9 @@ class ProjectedCritic(nn.Module):
                              hint=f"fewer levels, or critic.side={SCORED << config.levels}")
         self.mixer = Mixer(config.width)
         self.heads = nn.ModuleList(
-            Head(conv.out_channels, side // 2 ** (i + 1), config.end, 8 * config.width)
+            Head(conv.out_channels, side // 2 ** (i + 1), config.end, 8 * config.width, labels.dim)
             for i, conv in enumerate(self.mixer.scales[:config.levels]))
+        self.labels = labels
         lipschitz(self.heads, True)
 
     def features(self, device: torch.device) -> EfficientNet:
@@ -106,5 +122,5 @@ class ProjectedCritic(nn.Module):
     def forward(self, x: Tensor, cond: dict[str, Tensor] | None = None) -> tuple[Tensor, None]:
         if self.config.side and self.config.side != x.shape[-1]:
             x = F.interpolate(x, (self.config.side,) * 2, mode="bilinear", align_corners=False)
-        maps = self.mixer(self.features(x.device)(x))
-        return torch.cat([head(h).flatten(1) for head, h in zip(self.heads, maps, strict=False)], 1), None
+        maps, rows = self.mixer(self.features(x.device)(x)), self.labels(cond, x)
+        return torch.cat([head(h, rows).flatten(1) for head, h in zip(self.heads, maps, strict=False)], 1), None

@@ -34,6 +34,9 @@ TOGETHER = 64           # frames of walks that are made at once
 # The game for the latents of the embedded pictures, and how it is trained.
 EMOJI = {"net": LATENT_NET, "critic": LATENT_CRITIC, "codec": SHARED_CODEC, "loss": "relativistic",
          "r1": 1.0, "r2": 1.0, "penalty_every": 4}
+PROJECTED = {"net": LATENT_NET | {"norm": "batch"}, "codec": SHARED_CODEC, "loss": "hinge",
+             "critic": {"kind": "projected", "width": 32, "side": 128},
+             "augment": ("color", "translation", "cutout")}
 EMOJI_RECIPE = {"steps": 20_000, "batch_size": 32, "optimizer": "adam", "lr": 2e-4, "betas": (0.0, 0.99), "clip": 0.0,
                 "schedule": "cosine", "final_lr": 0.1, "ema": 0.998, "flip": 0.5, "save_every": 500,
                 "cache_latents": True, "shift": 2, "variants": 4}
@@ -120,7 +123,8 @@ class Adversarial(nn.Module):
         self.external = config.codec.external() if config.codec else {}
         self.net: nn.Module = config.net.build()
         self.sees = isinstance(config.critic, ProjectedCriticConfig)        # pictures, whatever the generator makes
-        self.critic: nn.Module = config.critic.build(config.image_size if self.sees else config.net)
+        sides = (config.image_size,) if self.sees else ()
+        self.critic: nn.Module = config.critic.build(config.net, *sides)
         self.conditioner = config.conditioner.build()
 
     def phases(self) -> tuple[Phase, ...]:

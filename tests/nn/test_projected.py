@@ -10,6 +10,7 @@ from nexus.convert.convert import convert
 from nexus.errors import InputError, ModelError, UsageError
 from nexus.models.gan.base_gan import GANConfig
 from nexus.nn import efficientnet
+from nexus.nn.dcgan import DCGeneratorConfig
 from nexus.nn.gan_blocks import frozen
 from nexus.nn.projected import Mixer, ProjectedCriticConfig
 from nexus.rng import generator
@@ -34,7 +35,7 @@ def pictures(n=2, side=64, seed=0):
 
 def built(weights, **more):
     config = ProjectedCriticConfig.parse({"weights": weights, "width": 8} | more)
-    return config.build(64)
+    return config.build(DCGeneratorConfig(size=64), 64)
 
 
 @pytest.mark.parametrize("name, side", [("lite0", 224), ("lite1", 240)])
@@ -120,6 +121,21 @@ def test_gradients_reach_pictures_and_heads_but_no_frozen_part(weights):
     with frozen(critic):
         assert not any(p.requires_grad for p in critic.parameters())
     assert not any(p.requires_grad for p in critic.mixer.parameters())
+
+
+def test_a_label_moves_the_scores_of_its_own_pictures_alone(weights):
+    config = ProjectedCriticConfig.parse({"weights": weights, "width": 8, "label": "projection", "label_dim": 6})
+    critic = config.build(DCGeneratorConfig(size=64, num_classes=3, num_styles=2), 64).eval()
+    x = pictures(2)
+
+    def scores(labels, styles=(0, 0)):
+        return critic(x, {"label": torch.tensor(labels), "style": torch.tensor(styles)})[0]
+    first, other = scores([0, 1]), scores([0, 2])
+    assert first.shape == critic(x[:, :, :, :], {"label": torch.zeros(2, dtype=torch.long)})[0].shape
+    assert torch.equal(first[0], other[0]) and not torch.allclose(first[1], other[1])
+    assert not torch.allclose(scores([0, 1], [0, 1])[1], first[1])
+    first.mean().backward()
+    assert critic.labels.label.weight.grad[:2].abs().sum() > 0 and not critic.labels.label.weight.grad[2].any()
 
 
 LATENT = {"net": {"kind": "resnet", "widths": (8, 8), "blocks": 1, "channels": 4, "norm": "batch"},

@@ -4,9 +4,8 @@
 from typing import ClassVar
 
 from nexus.codecs.kl_image import KLConfig
-from nexus.nn.gan_resnet import EMOJI_NET, LATENT_NET
-from nexus.process.adversarial import EMOJI, EMOJI_RECIPE, AdversarialConfig
-from nexus.process.codec import SHARED_CODEC
+from nexus.nn.gan_resnet import EMOJI_NET
+from nexus.process.adversarial import EMOJI, EMOJI_RECIPE, PROJECTED, AdversarialConfig
 
 TINY_NET = {"kind": "dcgan", "size": 16, "width": 8, "latents": 16}
 _TINY_WIDTHS = {"kind": "resnet", "widths": (16, 16, 8), "blocks": 1, "group": 8}
@@ -25,9 +24,7 @@ class GANConfig(AdversarialConfig):
         "dcgan": {},
         "emoji": EMOJI,
         "emoji-pixels": _MODERN | {"net": EMOJI_NET, "critic": EMOJI_NET, "r1": 2.0, "r2": 2.0},
-        "emoji-projected": {"net": LATENT_NET | {"norm": "batch"}, "codec": SHARED_CODEC, "loss": "hinge",
-                            "critic": {"kind": "projected", "width": 32, "side": 128},
-                            "augment": ("color", "translation", "cutout")},
+        "emoji-projected": PROJECTED,
         "digits": {"net": {"kind": "dcgan", "size": 32, "channels": 1, "width": 32, "latents": 64},
                    "critic": {"kind": "dcgan", "width": 32, "norm": "none"},
                    "loss": "relativistic", "r1": 1.0, "r2": 1.0},

@@ -19,9 +19,10 @@ from nexus.nn.dcgan import DCCriticConfig, DCGeneratorConfig
 from nexus.nn.gan_blocks import frozen
 from nexus.nn.gan_resnet import ResCriticConfig, ResGeneratorConfig
 from nexus.nn.patch_critic import PatchCritic
+from nexus.nn.projected import ProjectedCriticConfig
 from nexus.nn.translators import UNetConfig
 from nexus.phase import Phase
-from nexus.process.adversarial import EMOJI, EMOJI_RECIPE, Adversarial, AdversarialConfig
+from nexus.process.adversarial import EMOJI, EMOJI_RECIPE, PROJECTED, Adversarial, AdversarialConfig
 from nexus.process.translation import ONE_OF_ANOTHER, TRANSLATES, check_direction, read_source, translated
 from nexus.requests import SampleRequest, refuse
 from nexus.rng import ItemNoise
@@ -56,7 +57,8 @@ class ConditionalGANConfig(AdversarialConfig):
 
     net: Annotated[DCGeneratorConfig | ResGeneratorConfig | UNetConfig, Field(discriminator="kind")] = \
         DCGeneratorConfig()
-    critic: Annotated[DCCriticConfig | ResCriticConfig | PairCriticConfig, Field(discriminator="kind")] = \
+    critic: Annotated[DCCriticConfig | ResCriticConfig | ProjectedCriticConfig | PairCriticConfig,
+                      Field(discriminator="kind")] = \
         DCCriticConfig(label="map")
     conditioner: LabelCondConfig | NoCondConfig = Field(LabelCondConfig(), discriminator="kind")
     l1_weight: float = Field(100.0, ge=0)
@@ -115,6 +117,7 @@ class ConditionalGANConfig(AdversarialConfig):
         "digits-map": {"net": _DIGITS, "critic": _CRITIC | {"label": "map"}},
         "digits-auxiliary": {"net": _DIGITS, "critic": _CRITIC | {"label": "auxiliary"}},
         "emoji": EMOJI | {"critic": EMOJI["critic"] | {"label": "projection"}},
+        "emoji-projected": PROJECTED | {"critic": PROJECTED["critic"] | {"label": "projection"}},
         "pix2pix": {"net": {"kind": "unet"}, "critic": {"kind": "patch"}, "conditioner": {"kind": "none"}},
         "pix2pix-emoji": {"net": {"kind": "unet", "width": 20, "depth": 6}, "size": 64, "conditioner": {"kind": "none"},
                           "critic": {"kind": "patch", "width": 32, "layers": 2}},
@@ -125,6 +128,7 @@ class ConditionalGANConfig(AdversarialConfig):
         **{name: _ADAM | {"steps": 12_000, "batch_size": 64, "lr": 2e-4, "betas": (0.5, 0.99), "ema": 0.998,
                           "save_every": 250} for name in ("digits", "digits-map", "digits-auxiliary")},
         "emoji": EMOJI_RECIPE,
+        "emoji-projected": EMOJI_RECIPE | {"schedule": "constant"},
         "pix2pix": _ADAM | {"steps": 80_000, "batch_size": 1, "lr": 2e-4, "betas": (0.5, 0.999), "flip": 0.5,
                             "schedule": "constant-linear", "ema": 0.0},
         "pix2pix-emoji": _ADAM | {"steps": 5000, "batch_size": 8, "lr": 2e-4, "betas": (0.5, 0.999), "flip": 0.5,
