@@ -119,6 +119,24 @@ class LabelHead(nn.Module):
         return more, None if self.guess is None else self.guess(h)
 
 
+class LabelledScore(nn.Module):
+    """h [B, C, a, b] (and rows [B, told] of labels) -> scores [B, 1, k, k]: a convolution of `side` pixels.
+
+    With told > 0 a score is the inner product of what the convolution sees and of the row (Miyato & Koyama 2018).
+    """
+
+    def __init__(self, channels: int, side: int, told: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, told or 1, side, bias=False)
+        self.row = nn.Linear(told, told) if told else None
+
+    def forward(self, h: Tensor, rows: Tensor | None) -> Tensor:
+        h = self.conv(h)
+        if rows is None:
+            return h
+        return (h * self.row(rows)[:, :, None, None]).sum(1, keepdim=True) / rows.shape[1] ** 0.5
+
+
 class LabelMap(nn.Module):
     """The label as one more channel of the picture: x [B, C, H, W] -> [B, C + 1, H, W]. Mirza & Osindero 2014."""
 

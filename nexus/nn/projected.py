@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nexus.config import Config
 from nexus.errors import InputError
 from nexus.nn.efficientnet import LEVELS, EfficientNet, opened
-from nexus.nn.gan_blocks import BatchNorm, Labels, lipschitz
+from nexus.nn.gan_blocks import BatchNorm, LabelledScore, Labels, lipschitz
 
 SLOPE = 0.2
 SCORED = 4              # side of what a score sees of the last map
@@ -89,14 +89,11 @@ class Head(nn.Module):
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
             layers += [nn.Conv2d(a, b, 4, 2, 1, bias=False), BatchNorm(b), nn.LeakyReLU(SLOPE)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], told or 1, SCORED, bias=False))
-        self.row = nn.Sequential(nn.Linear(told, told), nn.LeakyReLU(SLOPE)) if told else None
+        self.layers = nn.Sequential(*layers)
+        self.score = LabelledScore(widths[-1], SCORED, told)
 
     def forward(self, h: Tensor, rows: Tensor | None) -> Tensor:
-        h = self.layers(h)
-        if rows is None:
-            return h
-        return (h * self.row(rows)[:, :, None, None]).sum(1, keepdim=True) / rows.shape[1] ** 0.5
+        return self.score(self.layers(h), rows)
 
 
 class ProjectedCritic(nn.Module):

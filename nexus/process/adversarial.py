@@ -12,12 +12,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from nexus.config import Config
-from nexus.errors import InputError
+from nexus.errors import InputError, ModelError
 from nexus.losses.adversarial import LOSSES
 from nexus.losses.diversity import diversity
 from nexus.losses.regularisers import clip_weights, drift, gradient_penalty, gradient_square
 from nexus.media import Media
 from nexus.nn.dcgan import DCCriticConfig, DCGeneratorConfig
+from nexus.nn.denoiser_critic import DenoiserCriticConfig
 from nexus.nn.diffaugment import Policy, diff_augment
 from nexus.nn.gan_blocks import frozen
 from nexus.nn.gan_resnet import LATENT_CRITIC, LATENT_NET, ResCriticConfig, ResGeneratorConfig
@@ -25,24 +26,29 @@ from nexus.nn.projected import ProjectedCritic, ProjectedCriticConfig
 from nexus.phase import Phase
 from nexus.process.codec import SHARED_CODEC, CodecConfig, decoded, encoded, unclipped
 from nexus.process.latents import codes
+from nexus.process.looked_through import check_seen, looked_through
 from nexus.requests import ONE_STEP, SampleRequest, refuse
 from nexus.rng import generator
 from nexus.text.conditioner import LabelCondConfig, NoCondConfig
 
 TOGETHER = 64           # frames of walks that are made at once
 
-# The game for the latents of the embedded pictures, and how it is trained.
-EMOJI = {"net": LATENT_NET, "critic": LATENT_CRITIC, "codec": SHARED_CODEC, "loss": "relativistic",
-         "r1": 1.0, "r2": 1.0, "penalty_every": 4}
+# Games for the latents of the embedded pictures: against heads on the features of `dit`, against a network of its own,
+# and against heads on the features of pictures.
+EMOJI = {"net": LATENT_NET | {"norm": "batch"}, "critic": {"kind": "denoiser"}, "codec": SHARED_CODEC, "loss": "hinge"}
+RELATIVISTIC = {"net": LATENT_NET, "critic": LATENT_CRITIC, "codec": SHARED_CODEC, "loss": "relativistic",
+                "r1": 1.0, "r2": 1.0, "penalty_every": 4}
 PROJECTED = {"net": LATENT_NET | {"norm": "batch"}, "codec": SHARED_CODEC, "loss": "hinge",
              "critic": {"kind": "projected", "width": 32, "side": 128},
              "augment": ("color", "translation", "cutout")}
-EMOJI_RECIPE = {"steps": 20_000, "batch_size": 32, "optimizer": "adam", "lr": 2e-4, "betas": (0.0, 0.99), "clip": 0.0,
-                "schedule": "cosine", "final_lr": 0.1, "ema": 0.998, "flip": 0.5, "save_every": 500,
-                "cache_latents": True, "shift": 2, "variants": 4}
+EMOJI_RECIPE = {"steps": 20_000, "batch_size": 32, "optimizer": "adam", "lr": 4e-4, "betas": (0.0, 0.99), "clip": 0.0,
+                "ema": 0.998, "save_every": 250, "cache_latents": True}
+RELATIVISTIC_RECIPE = EMOJI_RECIPE | {"lr": 2e-4, "schedule": "cosine", "final_lr": 0.1, "flip": 0.5, "shift": 2,
+                                      "variants": 4, "save_every": 500}
 
 AnyGenerator = Annotated[DCGeneratorConfig | ResGeneratorConfig, Field(discriminator="kind")]
-AnyCritic = Annotated[DCCriticConfig | ResCriticConfig | ProjectedCriticConfig, Field(discriminator="kind")]
+AnyCritic = Annotated[DCCriticConfig | ResCriticConfig | ProjectedCriticConfig | DenoiserCriticConfig,
+                      Field(discriminator="kind")]
 
 
 class AdversarialConfig(Config):
@@ -54,7 +60,8 @@ class AdversarialConfig(Config):
     penalty_every: only in every so many steps, that much stronger (Karras et al. 2020, B). clip: limit of the critic's
     weights, 0 = none. auxiliary: weight of the class guess of a critic with label "auxiliary".
     codec: `net` makes its latents. The game is played with these in place of pictures, at a fraction of the cost, but
-    for a projected critic, which sees what the codec makes of them.
+    for a projected critic, which sees what the codec makes of them. Penalties are on what a critic sees, which for one
+    of kind "denoiser" are that model's features.
     """
 
     net: AnyGenerator = DCGeneratorConfig()
@@ -113,19 +120,31 @@ class AdversarialConfig(Config):
 class Adversarial(nn.Module):
     """A generator `net`, perhaps of a codec's latents, and, while it is trained, its critic."""
 
-    training_only = ("critic",)
+    training_only = ("critic", "teacher")
     takes = frozenset({"prompt", "truncation", "interpolate", "initial_noise"})
 
     def __init__(self, config: AdversarialConfig):
         super().__init__()
         self.config = config
         self.codec = config.codec.build() if config.codec else None
-        self.external = config.codec.external() if config.codec else {}
+        self.external = dict(config.codec.external()) if config.codec else {}
         self.net: nn.Module = config.net.build()
         self.sees = isinstance(config.critic, ProjectedCriticConfig)        # pictures, whatever the generator makes
         sides = (config.image_size,) if self.sees else ()
         self.critic: nn.Module = config.critic.build(config.net, *sides)
         self.conditioner = config.conditioner.build()
+        self.teacher: nn.Module | None = None                               # what a critic looks through
+        self._path: Any = None
+        if isinstance(config.critic, DenoiserCriticConfig):
+            self.external["teacher"] = config.critic.model
+
+    def admit(self, part: str, system: Any) -> None:
+        """ModelError for a denoiser that the critic cannot look through."""
+        if part == "teacher":
+            c, net = self.config.critic, self.config.net
+            codec = self.config.codec and self.config.codec.weights
+            check_seen(system, c.model, (net.channels, net.size, net.size), codec, c.hidden, c.patch, c.seen)
+            self._path = system.config.path
 
     def phases(self) -> tuple[Phase, ...]:
         """The critic, as often as the game has it, then the generator."""
@@ -143,9 +162,10 @@ class Adversarial(nn.Module):
     def critic_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """How badly real and made pictures are told apart, and the penalties, each logged by its name."""
         c, truth, cond = self.config, self._real(batch), self._cond(batch, rng)
+        level = self._level(truth, rng)
         with torch.no_grad():
-            real, fake = (self._shown(x) for x in (truth, self.net(self._draw(truth, rng), cond)))
-        real, fake = (diff_augment(x.float(), rng, c.augment) for x in (real, fake))
+            made = self.net(self._draw(truth, rng), cond)
+            real, fake = (self._seen(x, rng, level) for x in (truth, made))
         weights = self._penalties(step)
         real, fake = real.requires_grad_("r1" in weights), fake.requires_grad_("r2" in weights)
         (on_real, seen), (on_fake, guessed) = self.critic(real, cond), self.critic(fake, cond)
@@ -169,13 +189,13 @@ class Adversarial(nn.Module):
     def generator_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """How well the critic is deceived, with the share of the data's diversity that the pictures have."""
         c, truth, cond = self.config, self._real(batch), self._cond(batch, rng)
-        fake = self.net(self._draw(truth, rng), cond)
+        fake, level = self.net(self._draw(truth, rng), cond), self._level(truth, rng)
         with frozen(self.critic) as critic:
-            scores, guessed = critic(diff_augment(self._shown(fake).float(), rng, c.augment), cond)
+            scores, guessed = critic(self._seen(fake, rng, level), cond)
             real = torch.zeros_like(scores)
             if c.loss == "relativistic":                # the others do not look at real pictures
                 with torch.no_grad():
-                    real = critic(diff_augment(self._shown(truth), rng, c.augment), cond)[0]
+                    real = critic(self._seen(truth, rng, level), cond)[0]
         loss = LOSSES[c.loss].generator(real.float(), scores.float())
         if guessed is not None:
             loss = loss + c.auxiliary * F.cross_entropy(guessed.float(), batch["label"])
@@ -187,9 +207,24 @@ class Adversarial(nn.Module):
         every = {"r1": c.penalty_every, "r2": c.penalty_every, "gp": 1, "drift": 1}
         return {name: getattr(c, name) * n for name, n in every.items() if getattr(c, name) and (step + 1) % n == 0}
 
-    def _shown(self, made: Tensor) -> Tensor:
-        """What the generator makes, or real latents, as the critic sees it: both painted by the same codec."""
-        return unclipped(self.codec, made) if self.sees else made
+    def _seen(self, x: Tensor, rng: torch.Generator, level: Tensor | None) -> Tensor:
+        """Real pictures or latents x, or made ones, as the critic sees them."""
+        if self.sees:
+            x = unclipped(self.codec, x)                # both painted by the same codec
+        x = diff_augment(x.float(), rng, self.config.augment)
+        if level is None:
+            return x
+        if self.teacher is None:
+            raise ModelError(f"the critic looks through {self.config.critic.model}, which is not loaded",
+                             hint="build the system by `nexus train`, or attach it")
+        return looked_through(self.teacher, self._path, x, level, rng, self.config.critic.seen)
+
+    def _level(self, x: Tensor, rng: torch.Generator) -> Tensor | None:
+        """How far each item is noised before a denoiser sees it."""
+        c = self.config.critic
+        if not isinstance(c, DenoiserCriticConfig):
+            return None
+        return c.least + (c.most - c.least) * torch.rand(len(x), generator=rng)
 
     @torch.no_grad()
     def _real(self, batch: dict) -> Tensor:

@@ -1,11 +1,18 @@
-"""GAN: DCGAN, a modern baseline in the spirit of R3GAN, and a game of features. Goodfellow et al. 2014; Radford et al.
-2015; Huang et al. 2024; Sauer et al. 2021 (Projected GAN)."""
+"""GAN: DCGAN, a modern baseline in the spirit of R3GAN, and games of features. Goodfellow et al. 2014; Radford et al.
+2015; Huang et al. 2024; Sauer et al. 2021 (Projected GAN) and 2024 (LADD)."""
 
 from typing import ClassVar
 
 from nexus.codecs.kl_image import KLConfig
 from nexus.nn.gan_resnet import EMOJI_NET
-from nexus.process.adversarial import EMOJI, EMOJI_RECIPE, PROJECTED, AdversarialConfig
+from nexus.process.adversarial import (
+    EMOJI,
+    EMOJI_RECIPE,
+    PROJECTED,
+    RELATIVISTIC,
+    RELATIVISTIC_RECIPE,
+    AdversarialConfig,
+)
 
 TINY_NET = {"kind": "dcgan", "size": 16, "width": 8, "latents": 16}
 _TINY_WIDTHS = {"kind": "resnet", "widths": (16, 16, 8), "blocks": 1, "group": 8}
@@ -23,6 +30,7 @@ class GANConfig(AdversarialConfig):
                         "codec": {"net": KLConfig.presets["tiny"]}},
         "dcgan": {},
         "emoji": EMOJI,
+        "emoji-relativistic": RELATIVISTIC,
         "emoji-pixels": _MODERN | {"net": EMOJI_NET, "critic": EMOJI_NET, "r1": 2.0, "r2": 2.0},
         "emoji-projected": PROJECTED,
         "digits": {"net": {"kind": "dcgan", "size": 32, "channels": 1, "width": 32, "latents": 64},
@@ -37,8 +45,9 @@ class GANConfig(AdversarialConfig):
         "dcgan": {"steps": 50_000, "batch_size": 64, "optimizer": "adam", "lr": 2e-4, "betas": (0.5, 0.999),
                   "clip": 0.0},
         "emoji": EMOJI_RECIPE,
-        "emoji-pixels": EMOJI_RECIPE | {"final_lr": 0.25, "cache_latents": False, "shift": 0, "variants": 1},
-        "emoji-projected": EMOJI_RECIPE | {"schedule": "constant"},
+        "emoji-projected": EMOJI_RECIPE,
+        "emoji-relativistic": RELATIVISTIC_RECIPE,
+        "emoji-pixels": RELATIVISTIC_RECIPE | {"final_lr": 0.25, "cache_latents": False, "shift": 0, "variants": 1},
         "digits": {"steps": 5000, "batch_size": 64, "optimizer": "adam", "lr": 2e-4, "betas": (0.5, 0.99),
                    "clip": 0.0, "ema": 0.998},
     }

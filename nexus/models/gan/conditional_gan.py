@@ -16,6 +16,7 @@ from nexus.losses.adversarial import LOSSES
 from nexus.losses.diversity import diversity
 from nexus.media import Media
 from nexus.nn.dcgan import DCCriticConfig, DCGeneratorConfig
+from nexus.nn.denoiser_critic import DenoiserCriticConfig
 from nexus.nn.gan_blocks import frozen
 from nexus.nn.gan_resnet import ResCriticConfig, ResGeneratorConfig
 from nexus.nn.patch_critic import PatchCritic
@@ -57,8 +58,8 @@ class ConditionalGANConfig(AdversarialConfig):
 
     net: Annotated[DCGeneratorConfig | ResGeneratorConfig | UNetConfig, Field(discriminator="kind")] = \
         DCGeneratorConfig()
-    critic: Annotated[DCCriticConfig | ResCriticConfig | ProjectedCriticConfig | PairCriticConfig,
-                      Field(discriminator="kind")] = \
+    critic: Annotated[DCCriticConfig | ResCriticConfig | ProjectedCriticConfig | DenoiserCriticConfig |
+                      PairCriticConfig, Field(discriminator="kind")] = \
         DCCriticConfig(label="map")
     conditioner: LabelCondConfig | NoCondConfig = Field(LabelCondConfig(), discriminator="kind")
     l1_weight: float = Field(100.0, ge=0)
@@ -128,7 +129,7 @@ class ConditionalGANConfig(AdversarialConfig):
         **{name: _ADAM | {"steps": 12_000, "batch_size": 64, "lr": 2e-4, "betas": (0.5, 0.99), "ema": 0.998,
                           "save_every": 250} for name in ("digits", "digits-map", "digits-auxiliary")},
         "emoji": EMOJI_RECIPE,
-        "emoji-projected": EMOJI_RECIPE | {"schedule": "constant"},
+        "emoji-projected": EMOJI_RECIPE,
         "pix2pix": _ADAM | {"steps": 80_000, "batch_size": 1, "lr": 2e-4, "betas": (0.5, 0.999), "flip": 0.5,
                             "schedule": "constant-linear", "ema": 0.0},
         "pix2pix-emoji": _ADAM | {"steps": 5000, "batch_size": 8, "lr": 2e-4, "betas": (0.5, 0.999), "flip": 0.5,
