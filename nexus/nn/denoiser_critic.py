@@ -55,7 +55,6 @@ class Head(nn.Module):
 
     def __init__(self, hidden: int, side: int, width: int, told: int):
         super().__init__()
-        self.norm = nn.GroupNorm(1, hidden, affine=False)       # blocks differ in size by far
         self.first = nn.Conv2d(hidden, width, 1)
         self.downs = nn.ModuleList()
         while side > SCORED:
@@ -65,7 +64,7 @@ class Head(nn.Module):
         self.score = LabelledScore(width, min(SCORED, side), told)
 
     def forward(self, h: Tensor, rows: Tensor | None) -> Tensor:
-        h = F.leaky_relu(self.first(self.norm(h)), SLOPE)
+        h = F.leaky_relu(self.first(h), SLOPE)
         for down in self.downs:
             h = F.leaky_relu(down(h), SLOPE)
         return self.score(h + F.leaky_relu(self.middle(h), SLOPE), rows).flatten(1)

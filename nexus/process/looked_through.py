@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus.errors import ModelError
@@ -36,7 +37,8 @@ def looked_through(net: nn.Module, path: Any, x: Tensor, share: Tensor, rng: tor
                    seen: Sequence[int]) -> Tensor:
     """x [B, C, h, w] taken `share` [B] of the way to noise -> what the blocks `seen` say, [B, S * D, h / p, w / p].
 
-    net: a DiT without a label; rng: for the noise. Gradients pass to x.
+    Each block's map has mean 0 and variance 1: they differ in size by far. net: a DiT, without a label; rng: for the
+    noise. Gradients pass to x.
     """
     noisy_end, clean_end = path.ends()
     t = clean_end + share.to(x) * (noisy_end - clean_end)
@@ -50,4 +52,4 @@ def looked_through(net: nn.Module, path: Any, x: Tensor, share: Tensor, rng: tor
         for hook in hooks:
             hook.remove()
     rows = x.shape[2] // net.config.patch
-    return torch.cat([tokens.transpose(1, 2).unflatten(2, (rows, -1)) for tokens in found], 1)
+    return torch.cat([F.group_norm(tokens.transpose(1, 2).unflatten(2, (rows, -1)), 1) for tokens in found], 1)

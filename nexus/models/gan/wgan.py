@@ -11,6 +11,7 @@ from nexus.nn.gan_resnet import LATENT_CRITIC, LATENT_NET, ResCriticConfig, ResG
 from nexus.process.adversarial import AdversarialConfig, AnyCritic, AnyGenerator
 from nexus.process.codec import SHARED_CODEC
 
+_LATENTS = LATENT_NET | {"norm": "batch", "latents": 64}
 _CLIP = {"gp": 0.0, "clip": 0.01}
 
 
@@ -33,8 +34,10 @@ class WGANConfig(AdversarialConfig):
         "gp": {},
         "clip": _CLIP | {"net": {"kind": "dcgan"}, "critic": {"kind": "dcgan"}},
         "dcgan-gp": {"net": {"kind": "dcgan"}, "critic": {"kind": "dcgan", "norm": "layer"}},
-        "emoji": {"net": LATENT_NET | {"norm": "batch", "latents": 64}, "critic": LATENT_CRITIC, "codec": SHARED_CODEC,
+        "emoji": {"net": _LATENTS, "critic": {"kind": "denoiser", "spectral": False}, "codec": SHARED_CODEC,
                   "drift": 1e-3, "critic_steps": 3},
+        "emoji-latents": {"net": _LATENTS, "critic": LATENT_CRITIC, "codec": SHARED_CODEC, "drift": 1e-3,
+                        "critic_steps": 3},
     }
     default_preset: ClassVar[str] = "emoji"
     recipes: ClassVar[dict[str, dict]] = {
@@ -45,7 +48,8 @@ class WGANConfig(AdversarialConfig):
     }
     recipes |= {
         "dcgan-gp": recipes["gp"],
-        "emoji": recipes["gp"] | {"steps": 10_000, "batch_size": 32, "lr": 2e-4, "schedule": "linear",
-                                  "final_lr": 0.05, "ema": 0.998, "flip": 0.5, "save_every": 250,
-                                  "cache_latents": True, "shift": 2, "variants": 4},
+        "emoji": recipes["gp"] | {"steps": 10_000, "batch_size": 32, "lr": 2e-4, "ema": 0.998, "save_every": 250,
+                                  "cache_latents": True},
     }
+    recipes["emoji-latents"] = recipes["emoji"] | {"schedule": "linear", "final_lr": 0.05, "flip": 0.5, "shift": 2,
+                                                 "variants": 4}
