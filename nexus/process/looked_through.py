@@ -52,4 +52,5 @@ def looked_through(net: nn.Module, path: Any, x: Tensor, share: Tensor, rng: tor
         for hook in hooks:
             hook.remove()
     rows = x.shape[2] // net.config.patch
-    return torch.cat([F.group_norm(tokens.transpose(1, 2).unflatten(2, (rows, -1)), 1) for tokens in found], 1)
+    maps = (tokens.float().transpose(1, 2).unflatten(2, (rows, -1)) for tokens in found)
+    return torch.cat([F.group_norm(each, 1) for each in maps], 1)
