@@ -3,6 +3,7 @@
 B items, S blocks, D the width of a token.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,11 +38,10 @@ def looked_through(net: nn.Module, path: Any, x: Tensor, share: Tensor, rng: tor
                    seen: Sequence[int]) -> Tensor:
     """x [B, C, h, w] taken `share` [B] of the way to noise -> what the blocks `seen` say, [B, S * D, h / p, w / p].
 
-    Each block's map has mean 0 and variance 1: they differ in size by far. net: a DiT, without a label; rng: for the
+    The way is the quarter circle: noise is tan(share * pi / 2) times as large as x, whatever the path. Each block's map has mean 0 and variance 1: they differ in size by far. net: a DiT, without a label; rng: for the
     noise. Gradients pass to x.
     """
-    noisy_end, clean_end = path.ends()
-    t = clean_end + share.to(x) * (noisy_end - clean_end)
+    t = path.t_of_log_snr(-torch.log(torch.tan(share.double().to(x.device) * math.pi / 2))).to(x)
     alpha, sigma = (value.to(x)[:, None, None, None] for value in path.at(t))
     noise = torch.randn(x.shape, generator=rng).to(x)
     found: list[Tensor] = []

@@ -51,15 +51,17 @@ def latents(n=4):
 
 def test_the_last_block_is_what_the_network_goes_on_from(teacher):
     net = checkpoint.load(teacher, device="cpu").net
-    path, x, share = DiTConfig.preset("tiny").path, latents(2), torch.tensor([0.0, 0.5])
+    path, x, share = DiTConfig.preset("tiny").path, latents(2), torch.tensor([0.1, 0.5])
     maps = looked_through(net, path, x, share, generator(0), (0, 1))
     assert maps.shape == (2, 64, 4, 4) and not torch.allclose(maps[:, :32], maps[:, 32:])
-    alpha, sigma = path.at(999 * share)
+    t = path.t_of_log_snr(-torch.log(torch.tan(share.double() * torch.pi / 2))).float()
+    alpha, sigma = path.at(t)
+    assert torch.allclose(sigma / alpha, torch.tensor([0.1584, 1.0]), atol=1e-3)
     noise = torch.randn(x.shape, generator=generator(0))
     noisy = alpha.float()[:, None, None, None] * x + sigma.float()[:, None, None, None] * noise
     seen = []
     hook = net.blocks[-1].register_forward_hook(lambda block, given, out: seen.append(out))
-    net(noisy, 999 * share)
+    net(noisy, t)
     hook.remove()
     last = seen[0].flatten(1)
     last = (last - last.mean(1, keepdim=True)) / last.std(1, keepdim=True, correction=0)
