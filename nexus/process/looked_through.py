@@ -38,8 +38,9 @@ def looked_through(net: nn.Module, path: Any, x: Tensor, share: Tensor, rng: tor
                    seen: Sequence[int]) -> Tensor:
     """x [B, C, h, w] taken `share` [B] of the way to noise -> what the blocks `seen` say, [B, S * D, h / p, w / p].
 
-    The way is the quarter circle: noise is tan(share * pi / 2) times as large as x, whatever the path. Each block's map has mean 0 and variance 1: they differ in size by far. net: a DiT, without a label; rng: for the
-    noise. Gradients pass to x.
+    The way is a quarter circle: noise is tan(share * pi / 2) times as large as x, whatever the path. Each block's map
+    has mean 0 and variance 1: they differ in size by far. net: a DiT, without a label; rng: for the noise. Gradients
+    pass to x.
     """
     t = path.t_of_log_snr(-torch.log(torch.tan(share.double().to(x.device) * math.pi / 2))).to(x)
     alpha, sigma = (value.to(x)[:, None, None, None] for value in path.at(t))
