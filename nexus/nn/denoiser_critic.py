@@ -22,8 +22,8 @@ class DenoiserCriticConfig(Config):
     """model: a diffusion transformer of the same latents. hidden, patch: the width of its tokens and their side.
 
     seen: its blocks that have a head, each `width` channels wide. least, most: shares of the way from data to noise
-    that real and made latents are taken, drawn anew for each, see `looked_through`. spectral: norms of every layer,
-    which a Wasserstein game does without. label "projection": see ProjectedCriticConfig.
+    that real and made latents are taken, drawn anew for each, see `looked_through`. spectral: norms of every layer, for
+    games without penalties. label "projection": see ProjectedCriticConfig.
     """
 
     kind: Literal["denoiser"] = "denoiser"
@@ -34,7 +34,7 @@ class DenoiserCriticConfig(Config):
     width: int = Field(64, ge=1)
     least: float = Field(0.02, gt=0, lt=1)
     most: float = Field(0.9, gt=0, lt=1)
-    spectral: bool = True
+    spectral: bool = False
     label: Literal["none", "projection"] = "none"
     label_dim: int = Field(64, ge=1)
 

@@ -35,9 +35,9 @@ TOGETHER = 64           # frames of walks that are made at once
 
 # Games for the latents of the embedded pictures: against heads on the features of `dit`, against a network of its own,
 # and against heads on the features of pictures.
-EMOJI = {"net": LATENT_NET | {"norm": "batch"}, "critic": {"kind": "denoiser"}, "codec": SHARED_CODEC, "loss": "hinge"}
-RELATIVISTIC = {"net": LATENT_NET, "critic": LATENT_CRITIC, "codec": SHARED_CODEC, "loss": "relativistic",
-                "r1": 1.0, "r2": 1.0, "penalty_every": 4}
+_RELATIVISTIC = {"codec": SHARED_CODEC, "loss": "relativistic", "r1": 1.0, "r2": 1.0, "penalty_every": 4}
+EMOJI = _RELATIVISTIC | {"net": LATENT_NET | {"norm": "batch"}, "critic": {"kind": "denoiser"}}
+RELATIVISTIC = _RELATIVISTIC | {"net": LATENT_NET, "critic": LATENT_CRITIC}
 PROJECTED = {"net": LATENT_NET | {"norm": "batch"}, "codec": SHARED_CODEC, "loss": "hinge",
              "critic": {"kind": "projected", "width": 32, "side": 128},
              "augment": ("color", "translation", "cutout")}

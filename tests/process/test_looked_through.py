@@ -19,7 +19,7 @@ from nexus.train.start import train
 
 NET = {"kind": "resnet", "widths": (16, 8), "blocks": 1, "channels": 4, "latents": 16, "norm": "batch"}
 TINY = {"net": NET, "codec": {"net": KLConfig.presets["tiny"]}, "loss": "hinge"}
-CRITIC = {"kind": "denoiser", "hidden": 32, "seen": (0, 1), "width": 8}
+CRITIC = {"kind": "denoiser", "hidden": 32, "seen": (0, 1), "width": 8, "spectral": True}
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ class WGANConfig(AdversarialConfig):
         "gp": {},
         "clip": _CLIP | {"net": {"kind": "dcgan"}, "critic": {"kind": "dcgan"}},
         "dcgan-gp": {"net": {"kind": "dcgan"}, "critic": {"kind": "dcgan", "norm": "layer"}},
-        "emoji": {"net": _LATENTS, "critic": {"kind": "denoiser", "spectral": False}, "codec": SHARED_CODEC,
+        "emoji": {"net": _LATENTS, "critic": {"kind": "denoiser"}, "codec": SHARED_CODEC,
                   "drift": 1e-3, "critic_steps": 3},
         "emoji-latents": {"net": _LATENTS, "critic": LATENT_CRITIC, "codec": SHARED_CODEC, "drift": 1e-3,
                         "critic_steps": 3},
