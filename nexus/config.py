@@ -4,7 +4,7 @@ import difflib
 import json
 from typing import Any, ClassVar, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from nexus.errors import InputError
 
@@ -50,6 +50,16 @@ class Config(BaseModel):
                 raise InputError(f"--set '{text}' is not KEY=VALUE", hint="for example --set net.depth=6")
             _assign(data, path.strip().split("."), _value(value), text)
         return type(self).parse(data)
+
+
+def not_above(low: str, high: str) -> Any:
+    """A validator for a Config's body, which refuses a value of `low` above that of `high`."""
+    def check(self: Config) -> Config:
+        least, most = getattr(self, low), getattr(self, high)
+        if least > most:
+            raise ValueError(f"{low} {least:g} is above {high} {most:g}")
+        return self
+    return model_validator(mode="after")(check)
 
 
 def layered(below: dict, above: dict) -> dict:

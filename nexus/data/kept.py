@@ -42,14 +42,19 @@ class Shelf:
         if self.rank == 0:
             self._begin()
         self.meet()
+        ours: dict[int, list[Tensor]] = {}
         for number in range(self.rank, count, self.ranks):
-            if self._read(number) is None:
-                parts = {f"{i:04d}": tensor for i, tensor in enumerate(make(number))}
-                write_bytes(self._path(number), tensor_bytes(parts), exists="overwrite")
+            ours[number] = self._read(number) or self._made(number, make)
             watch(number + 1, count)
         self.meet()
-        parts = (self._read(number) for number in range(count))
-        return [tensor for number, part in enumerate(parts) for tensor in (make(number) if part is None else part)]
+        return [tensor for number in range(count)
+                for tensor in ours.get(number) or self._read(number) or make(number)]
+
+    def _made(self, number: int, make: Make) -> list[Tensor]:
+        part = make(number)
+        named = {f"{i:04d}": tensor for i, tensor in enumerate(part)}
+        write_bytes(self._path(number), tensor_bytes(named), exists="overwrite")
+        return part
 
     def _begin(self) -> None:
         path, stored = self.folder / FACTS, None
@@ -63,9 +68,9 @@ class Shelf:
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.safetensors"
 
-    def _read(self, number: int) -> list[Tensor] | None:
-        """A part's tensors, None where there is none to read; copies, as what is read lies in the file itself."""
+    def _read(self, number: int) -> list[Tensor]:
+        """A part's tensors, none where there is nothing to read; copies, as what is read lies in the file itself."""
         try:
             return [tensor.clone() for _, tensor in sorted(read_tensors(self._path(number)).items())]
         except ModelError:
-            return None
+            return []

@@ -4,14 +4,14 @@ As in latent adversarial diffusion distillation (Sauer et al. 2024, arXiv:2403.1
 begins from nothing. B items, S blocks that are seen, D the width of their tokens, K scores an item.
 """
 
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from nexus.config import Config
+from nexus.config import Config, not_above
 from nexus.nn.gan_blocks import LabelledScore, Labels, lipschitz
 
 SLOPE = 0.2
@@ -38,11 +38,7 @@ class DenoiserCriticConfig(Config):
     label: Literal["none", "projection"] = "none"
     label_dim: int = Field(64, ge=1)
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.least > self.most:
-            raise ValueError(f"least {self.least:g} is above most {self.most:g}")
-        return self
+    _ordered = not_above("least", "most")
 
     def build(self, net: Config) -> "DenoiserCritic":
         """The critic of what a generator of config `net` makes, told the labels that it is told."""

@@ -35,6 +35,7 @@ def _scaled(conv: nn.Conv2d | nn.Linear, gain: float) -> nn.Module:
 EMOJI_NET = {"kind": "resnet", "widths": (256, 256, 160, 80, 40), "blocks": 1, "expansion": 1, "group": 1024}
 # The same of the shared codec's latents, 16 x 16.
 LATENT_NET = {"kind": "resnet", "widths": (256, 128, 48), "blocks": 2, "expansion": 1, "group": 1024, "channels": 8}
+LATENT_NORMED = LATENT_NET | {"norm": "batch"}
 LATENT_CRITIC = {key: LATENT_NET[key] for key in ("kind", "widths", "blocks", "expansion", "group")}
 
 

@@ -21,7 +21,7 @@ from nexus.nn.dcgan import DCCriticConfig, DCGeneratorConfig
 from nexus.nn.denoiser_critic import DenoiserCriticConfig
 from nexus.nn.diffaugment import Policy, diff_augment
 from nexus.nn.gan_blocks import frozen
-from nexus.nn.gan_resnet import LATENT_CRITIC, LATENT_NET, ResCriticConfig, ResGeneratorConfig
+from nexus.nn.gan_resnet import LATENT_CRITIC, LATENT_NET, LATENT_NORMED, ResCriticConfig, ResGeneratorConfig
 from nexus.nn.projected import ProjectedCritic, ProjectedCriticConfig
 from nexus.phase import Phase
 from nexus.process.codec import SHARED_CODEC, CodecConfig, decoded, encoded, unclipped
@@ -36,9 +36,9 @@ TOGETHER = 64           # frames of walks that are made at once
 # Games for the latents of the embedded pictures: against heads on the features of `dit`, against a network of its own,
 # and against heads on the features of pictures.
 _RELATIVISTIC = {"codec": SHARED_CODEC, "loss": "relativistic", "r1": 1.0, "r2": 1.0, "penalty_every": 4}
-EMOJI = _RELATIVISTIC | {"net": LATENT_NET | {"norm": "batch"}, "critic": {"kind": "denoiser"}}
+EMOJI = _RELATIVISTIC | {"net": LATENT_NORMED, "critic": {"kind": "denoiser"}}
 RELATIVISTIC = _RELATIVISTIC | {"net": LATENT_NET, "critic": LATENT_CRITIC}
-PROJECTED = {"net": LATENT_NET | {"norm": "batch"}, "codec": SHARED_CODEC, "loss": "hinge",
+PROJECTED = {"net": LATENT_NORMED, "codec": SHARED_CODEC, "loss": "hinge",
              "critic": {"kind": "projected", "width": 32, "side": 128},
              "augment": ("color", "translation", "cutout")}
 EMOJI_RECIPE = {"steps": 20_000, "batch_size": 32, "optimizer": "adam", "lr": 4e-4, "betas": (0.0, 0.99), "clip": 0.0,

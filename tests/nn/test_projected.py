@@ -14,6 +14,7 @@ from nexus.nn.dcgan import DCGeneratorConfig
 from nexus.nn.gan_blocks import frozen
 from nexus.nn.projected import Mixer, ProjectedCriticConfig
 from nexus.rng import generator
+from tests.played import played
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_a_label_moves_the_scores_of_its_own_pictures_alone(weights):
     def scores(labels, styles=(0, 0)):
         return critic(x, {"label": torch.tensor(labels), "style": torch.tensor(styles)})[0]
     first, other = scores([0, 1]), scores([0, 2])
-    assert first.shape == critic(x[:, :, :, :], {"label": torch.zeros(2, dtype=torch.long)})[0].shape
+    assert first.shape == critic(x, {"label": torch.zeros(2, dtype=torch.long)})[0].shape
     assert torch.equal(first[0], other[0]) and not torch.allclose(first[1], other[1])
     assert not torch.allclose(scores([0, 1], [0, 1])[1], first[1])
     first.mean().backward()
@@ -156,14 +157,7 @@ def test_the_game_is_learnt(weights, kind, batch):
     torch.manual_seed(0)
     system = game(weights, kind).build()
     critic, maker = system.phases()
-    optimizer = torch.optim.Adam([p for p in critic.module.parameters() if p.requires_grad], 2e-3, betas=(0.0, 0.99))
-    losses = []
-    for step in range(12):
-        values = critic.loss(batch, generator(0, "game", step), step)
-        optimizer.zero_grad()
-        values["loss"].backward()
-        optimizer.step()
-        losses.append(float(values["loss"].detach()))
+    losses = played(critic, batch, steps=12, lr=2e-3)
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
     values = maker.loss(batch, generator(0, "game", 99), 99)
     values["loss"].backward()

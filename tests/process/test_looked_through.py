@@ -16,6 +16,7 @@ from nexus.nn.denoiser_critic import DenoiserCriticConfig
 from nexus.process.looked_through import looked_through
 from nexus.rng import generator
 from nexus.train.start import train
+from tests.played import played
 
 NET = {"kind": "resnet", "widths": (16, 8), "blocks": 1, "channels": 4, "latents": 16, "norm": "batch"}
 TINY = {"net": NET, "codec": {"net": KLConfig.presets["tiny"]}, "loss": "hinge"}
@@ -85,14 +86,7 @@ def test_who_learns(teacher):
 def test_the_critic_learns_to_tell_latents_apart(teacher):
     system = built(teacher)
     critic, _ = system.phases()
-    optimizer = torch.optim.Adam(system.critic.parameters(), 3e-3, betas=(0.0, 0.99))
-    real, losses = {"latent": torch.linspace(-2, 2, 8).expand(16, 4, 8, 8)}, []
-    for step in range(40):
-        values = critic.loss(real, generator(0, "game", step), step)
-        optimizer.zero_grad()
-        values["loss"].backward()
-        optimizer.step()
-        losses.append(float(values["loss"].detach()))
+    losses = played(critic, {"latent": torch.linspace(-2, 2, 8).expand(16, 4, 8, 8)}, steps=40, lr=3e-3)
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 

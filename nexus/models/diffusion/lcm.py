@@ -4,13 +4,14 @@ f(z, w, c, t) = c_skip(t) z + c_out(t) z0_hat(z, w, c, t): the scale of guidance
 from a teacher that is guided by w while it solves the probability-flow ODE.
 """
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from nexus.codecs.kl_image import KLConfig
+from nexus.config import not_above
 from nexus.errors import ModelError, UsageError
 from nexus.models.diffusion.unet import UNetConfig
 from nexus.process import consistency as cm
@@ -72,11 +73,7 @@ class LCMConfig(JumpConfig):
     steps: int = Field(4, ge=1)
     guidance: float = Field(8.0, ge=0)
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.w_min > self.w_max:
-            raise ValueError(f"w_min {self.w_min} is above w_max {self.w_max}")
-        return self
+    _ordered = not_above("w_min", "w_max")
 
     def build(self) -> Consistency:
         """The system; its guidance embedding starts silent, so that a student begins as its teacher."""

@@ -7,11 +7,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from nexus.nn.gan_resnet import LATENT_CRITIC, LATENT_NET, ResCriticConfig, ResGeneratorConfig
+from nexus.nn.gan_resnet import LATENT_CRITIC, LATENT_NORMED, ResCriticConfig, ResGeneratorConfig
 from nexus.process.adversarial import AdversarialConfig, AnyCritic, AnyGenerator
 from nexus.process.codec import SHARED_CODEC
 
-_LATENTS = LATENT_NET | {"norm": "batch", "latents": 64}
 _CLIP = {"gp": 0.0, "clip": 0.01}
 
 
@@ -34,9 +33,9 @@ class WGANConfig(AdversarialConfig):
         "gp": {},
         "clip": _CLIP | {"net": {"kind": "dcgan"}, "critic": {"kind": "dcgan"}},
         "dcgan-gp": {"net": {"kind": "dcgan"}, "critic": {"kind": "dcgan", "norm": "layer"}},
-        "emoji": {"net": _LATENTS, "critic": {"kind": "denoiser"}, "codec": SHARED_CODEC,
+        "emoji": {"net": LATENT_NORMED, "critic": {"kind": "denoiser"}, "codec": SHARED_CODEC,
                   "drift": 1e-3, "critic_steps": 3},
-        "emoji-latents": {"net": _LATENTS, "critic": LATENT_CRITIC, "codec": SHARED_CODEC, "drift": 1e-3,
+        "emoji-latents": {"net": LATENT_NORMED, "critic": LATENT_CRITIC, "codec": SHARED_CODEC, "drift": 1e-3,
                         "critic_steps": 3},
     }
     default_preset: ClassVar[str] = "emoji"

@@ -4,13 +4,13 @@ Pictures' latents are noised part of the way and denoised again by a trained gen
 2022, arXiv:2108.01073): what they show stays, their details are the generator's.
 """
 
-from typing import Any, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from nexus.config import Config
+from nexus.config import Config, not_above
 from nexus.errors import ModelError
 from nexus.process import samplers
 from nexus.process.diffusion import Diffusion
@@ -30,11 +30,7 @@ class MistakesConfig(Config):
     most: float = Field(0.45, gt=0, le=1)
     steps: int = Field(20, ge=1)
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.least > self.most:
-            raise ValueError(f"least {self.least:g} is above most {self.most:g}")
-        return self
+    _ordered = not_above("least", "most")
 
 
 class Mistakes:
