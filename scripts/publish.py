@@ -87,7 +87,6 @@ BEFORE = {
                       "--run runs/reflow`,\n  `nexus train rectified-flow --preset distil --data emoji:all --init "
                       "runs/reflow --set teacher=runs/reflow --set pairs=16384 --run runs/distil`, then (with `--init "
                       "runs/distil` for the embedded model of before)\n  ",
-    "consistency": "`nexus train conditional --preset edm --data emoji:all --run runs/edm`, then\n  ",
     "music": "`nexus train encodec --config nexus/zoo/music-codec/config.json --data music --run runs/music-codec`, "
              "then\n  ",
 }

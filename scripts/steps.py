@@ -1,6 +1,6 @@
 """Measure the models of few steps at several numbers of steps, beside their teachers at 30.
 
-    python scripts/steps.py [MODEL...] [--count 300] [--teacher consistency=runs/edm]
+    python scripts/steps.py [MODEL...] [--count 300] [--teacher lcm=runs/conditional]
 
 Writes scripts/measured/steps.json, anew or with the numbers of the models that are named in place of their old ones.
 scripts/results.py puts it into their pages: {model: {steps: {"kid", "caption top-5"}, "teacher": ...}}, on the held-out
@@ -14,7 +14,7 @@ from pathlib import Path
 from nexus import api
 
 OUT = Path(__file__).resolve().parent / "measured" / "steps.json"
-TEACHERS = {"rectified-flow": "flow", "lcm": "conditional", "consistency": "runs/edm"}
+TEACHERS = {"rectified-flow": "flow", "lcm": "conditional", "consistency": "dit"}
 STEPS = (1, 2, 4, 8, 16, 32)
 TEACHER_STEPS = 30
 SHOWN = ("kid", "caption top-5")

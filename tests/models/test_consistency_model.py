@@ -10,8 +10,10 @@ from nexus import checkpoint
 from nexus.errors import InputError, ModelError, StoppedError, UsageError
 from nexus.images import write_image
 from nexus.models.diffusion.consistency_model import ConsistencyConfig
+from nexus.models.diffusion.dit import DiTNetConfig
 from nexus.models.diffusion.lcm import LCMConfig
 from nexus.process.predictions import denoiser, noised
+from nexus.process.schedules import grid
 from nexus.requests import SampleRequest
 from nexus.train.start import train
 from tests.drawn import drawn
@@ -129,9 +131,9 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teachers(pictures, tmp_path_factory):
-    """An EDM teacher for CD, and a latent diffusion (without a codec) for LCM."""
+    """An EDM teacher for CD, a latent diffusion (without a codec) for LCM, and one on the chain that predicts v."""
     folder = tmp_path_factory.mktemp("teachers")
-    for name, preset, sets in (("edm", "edm-tiny", ["p_uncond=0"]),
+    for name, preset, sets in (("edm", "edm-tiny", ["p_uncond=0"]), ("chain", "tiny", ["prediction=v"]),
                                ("ldm", "tiny-text", ["path.beta_schedule=scaled_linear", "path.beta_start=0.00085",
                                                      "path.beta_end=0.012"])):
         train("conditional", data=pictures, run=folder / name, preset=preset, flags=FLAGS | {"steps": 1},
@@ -144,12 +146,14 @@ def contents(folder):
             for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-DISTILLED = {"consistency": ("edm", [f"{k}={v}" for k, v in CD.items()]), "lcm": ("ldm", [])}
+OF_CD = [f"{k}={v}" for k, v in CD.items()]
+ON_THE_CHAIN = ["prediction=v", "teacher_guidance=2", 'path.native={"kind": "discrete", "spacing": "linspace"}']
+DISTILLED = {"edm": ("consistency", OF_CD), "chain": ("consistency", OF_CD + ON_THE_CHAIN), "ldm": ("lcm", [])}
 
 
-@pytest.mark.parametrize("name", DISTILLED)
-def test_distillation_resumes_bit_for_bit_and_sampling_needs_no_teacher(name, teachers, pictures, tmp_path):
-    teacher, sets = DISTILLED[name]
+@pytest.mark.parametrize("teacher", DISTILLED)
+def test_distillation_resumes_bit_for_bit_and_sampling_needs_no_teacher(teacher, teachers, pictures, tmp_path):
+    name, sets = DISTILLED[teacher]
 
     def go(run, progress=lambda row: None, **more):
         return train(name, data=pictures, run=run, preset="tiny", flags=FLAGS, device="cpu", progress=progress,
@@ -181,11 +185,14 @@ def test_training_begins_with_the_teachers_weights(teachers, pictures, tmp_path)
     assert words and all(torch.equal(student[n], teacher[n]) for n in words)          # frozen
 
 
-@pytest.mark.parametrize("name, teacher, match", [("consistency", "ldm", "EDM denoiser"), ("lcm", "edm", "chain")])
-def test_a_teacher_that_does_not_fit_is_refused(name, teacher, match, teachers, pictures, tmp_path):
+@pytest.mark.parametrize("name, teacher, sets, match",
+                         [("consistency", "ldm", [], "EDM denoiser"), ("lcm", "edm", [], "chain"),
+                          ("consistency", "edm", ON_THE_CHAIN, "path.native"),
+                          ("consistency", "chain", ["prediction=eps", *ON_THE_CHAIN[1:]], "does not predict eps")])
+def test_a_teacher_that_does_not_fit_is_refused(name, teacher, sets, match, teachers, pictures, tmp_path):
     with pytest.raises(ModelError, match=match):
         train(name, data=pictures, run=tmp_path / "run", preset="tiny", flags=FLAGS, device="cpu",
-              overrides=[f"teacher={teachers / teacher}"])
+              overrides=[f"teacher={teachers / teacher}", *sets])
 
 
 # --- requests -------------------------------------------------------------------------------------------------------
@@ -229,6 +236,22 @@ def test_guidance_reaches_the_embedding():
 def test_what_a_jump_cannot_do_is_refused_by_name(setting):
     with pytest.raises(UsageError):
         system().generate(SampleRequest(**setting), seeds=[0])
+
+
+def test_what_a_run_computes_once_is_what_each_jump_would():
+    """A transformer's modulations are looked up by the clock of its native path."""
+    config = {**ConsistencyConfig.presets["emoji-distil"], "teacher": None, "codec": None, "size": 16,
+              "net": DiTNetConfig.presets["tiny"] | {"in_channels": 3, "learn_sigma": False, "size": 16},
+              "conditioner": {"kind": "label", "classes": ["a", "b", "c"], "styles": []}}
+    built = system(**config)
+    cond, _ = built.conditioner.prompts(["b"], torch.device("cpu"))
+    points, x = grid(built.config.path, built.config.path.times(2)), torch.randn(1, 3, 16, 16)
+    prepared = built._cached(points, cond)
+    for t in points.t[:-1]:
+        clock = built.config.path.network_time(t).float()
+        assert float(clock) in prepared["steps"]
+        torch.testing.assert_close(built.config.jump(built.net, x, t, cond, prepared),
+                                   built.config.jump(built.net, x, t, cond), atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_of_classes_alone_wants_one():

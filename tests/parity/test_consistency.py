@@ -129,8 +129,8 @@ def test_losses(case, way, distance):
         return other
     sigmas, i = edm.karras_sigmas(40), saved["loss_indices"].long()
     with torch.no_grad():
-        pair = config.pair(scaled(1.05) if way == "cd" else None, saved["loss_x_start"], saved["loss_noise"],
-                           sigmas[i], sigmas[i + 1], cond)
+        teacher = config.denoiser(scaled(1.05), cond) if way == "cd" else None
+        pair = config.pair(teacher, saved["loss_x_start"], saved["loss_noise"], sigmas[i], sigmas[i + 1], cond)
         loss = pair.weight * cm.DISTANCES[distance](config.jump(net, pair.x, pair.t, cond),
                                                     config.jump(scaled(0.95), pair.near, pair.s, cond))
     close(loss, saved[f"loss_{way}_{distance}"])

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from nexus.errors import InputError
 from nexus.models.diffusion.consistency_model import ConsistencyConfig, ConsistencyPath
 from nexus.models.diffusion.lcm import LCMConfig, SkippingPath
 from nexus.process import consistency as cm
 from nexus.process import edm
-from nexus.process.paths import VEPath
-from nexus.process.predictions import masked, noised
+from nexus.process.paths import AffinePath, DiscretePath, RectifiedPath, VEPath
+from nexus.process.predictions import masked, noised, over, target
 from nexus.process.schedules import grid
 from tests.exact import gaussian, gaussian_flow, mixture, mixture_flow
 
@@ -135,6 +136,62 @@ def test_a_jump_from_the_data_goes_nowhere(shape):
     assert torch.equal(LCMConfig(prediction="x0").jump(loud, x, torch.zeros(shape, dtype=torch.float64)), x)
     assert (ConsistencyConfig().jump(loud, x, torch.full(shape, 80.0)) - 500).abs().max() < 1
     assert (LCMConfig(prediction="x0").jump(loud, x, torch.full(shape, 999.0)) - 1000).abs().max() < 0.1
+
+
+PATHS = {"chain": DiscretePath(), "line": RectifiedPath(), "cosine": AffinePath(scheduler="cosine"),
+         "edm": VEPath(log_clock=0.25)}
+
+
+@pytest.mark.parametrize("name, said", [("chain", "eps"), ("chain", "x0"), ("chain", "v"), ("line", "flow"),
+                                        ("cosine", "flow"), ("edm", "edm")])
+def test_a_network_of_another_path_denoises_as_on_its_own(name, said):
+    """Told x and its clock as on its native path, a perfect network gives what a perfect one of this path gives."""
+    native, mean, std = PATHS[name], 0.3, 0.7
+    config = ConsistencyConfig(prediction=said, path=ConsistencyPath(native=native, sigma_data=1.0, sigma_min=0.02))
+    sigma, x = torch.tensor([0.02, 0.5, 3.0, 80.0], dtype=torch.float64), noises(3)(torch.empty(4, 2).double())
+
+    def net(seen, clock, cond, prepared):
+        assert torch.equal(clock, config.path.network_time(sigma).float())
+        t = native.t_of_log_snr(-sigma.log())
+        there = gaussian(native, mean, std)(noised_x(native, x, t), t)
+        return predicted(native, said, there, noised_x(native, x, t), t)
+    want = gaussian(VE, mean, std)(x, sigma)
+    torch.testing.assert_close(config.denoiser(net, None)(x, sigma), want, atol=1e-9, rtol=1e-7)
+    assert torch.equal(config.jump(loud, x[:1], sigma[:1]), x[:1])
+    far = config.jump(net, x, sigma) - want
+    assert far.abs()[-1].max() < 1e-3                           # far from the data the jump is the denoiser's estimate
+
+
+def noised_x(path, x, t):
+    """x = x0 + sigma eps as it is on a path where t has the same signal to noise."""
+    return over(path.at(t)[0], x) * x
+
+
+def predicted(path, said, x0, x, t):
+    """What a network says that takes x0 for the data."""
+    alpha, sigma = (over(v, x) for v in path.at(t))
+    return target(path, said, x0, (x - alpha * x0) / sigma, t)
+
+
+def test_another_prediction_needs_its_path():
+    with pytest.raises(InputError, match="prediction v needs path.native"):
+        ConsistencyConfig.parse({"prediction": "v"})
+
+
+def test_a_guided_teacher_is_led_away_from_its_null():
+    config = ConsistencyConfig(teacher_guidance=3.0)
+    alone, none = (config.denoiser(Pulled(), {"pull": v}) for v in (2.0, 0.5))
+    x, sigma = torch.randn(2, 3, 4, 4), torch.tensor([1.0, 40.0])
+    led = config.guided(Pulled(), {"pull": 2.0}, {"pull": 0.5})(x, sigma)
+    torch.testing.assert_close(led, none(x, sigma) + 3 * (alone(x, sigma) - none(x, sigma)))
+    assert torch.equal(ConsistencyConfig().guided(Pulled(), {"pull": 2.0}, None)(x, sigma), alone(x, sigma))
+
+
+class Pulled(nn.Module):
+    """A network that a condition pulls."""
+
+    def forward(self, x, t, cond, prepared):
+        return torch.tanh(x) * cond["pull"]
 
 
 def test_multistep_of_an_exact_jump_keeps_the_distribution():

@@ -2,9 +2,10 @@
 arXiv:2310.14189.
 
 f(x, sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, 250 ln sigma), the identity at sigma_min. It is distilled
-from an EDM teacher (CD) or learned from the data alone (CT, iCT).
+from a diffusion model (CD; EDM in the paper) or learned from the data alone (CT, iCT).
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -13,13 +14,15 @@ from torch import Tensor
 
 from nexus.errors import ModelError, UsageError
 from nexus.losses.lpips import NEEDED
+from nexus.models.diffusion.dit import DiTNetConfig
 from nexus.models.diffusion.unet import UNetConfig
 from nexus.process import consistency as cm
 from nexus.process import edm
 from nexus.process.codec import SHARED_CODEC
-from nexus.process.jump import Consistency, JumpConfig, Pair
-from nexus.process.paths import VEPath
-from nexus.process.predictions import denoiser, network_input, over
+from nexus.process.guidance import combine
+from nexus.process.jump import Consistency, JumpConfig, Pair, null_like
+from nexus.process.paths import AnyPath, DiscretePath, VEPath
+from nexus.process.predictions import denoiser, over
 from nexus.text.conditioner import Cond, LabelCondConfig, NoCondConfig, TextCondConfig
 
 _CD = {"scales": "fixed", "s0": 40, "levels": "uniform", "target": "fixed", "weighting": "uniform", "distance": "l2",
@@ -28,18 +31,35 @@ _CT = {"scales": "progressive", "s0": 2, "levels": "uniform", "target": "adaptiv
        "distance": "l2", "steps": 2}
 _EMOJI = {"net": UNetConfig.presets["emoji-labels"], "codec": SHARED_CODEC, "clip": False, "steps": 2,
           "conditioner": LabelCondConfig.presets["emoji"], "path": {"sigma_data": 1.0}}
+# the embedded `dit`, three times guided, is the teacher; its words for the noise stay the student's
+_OF_DIT = {"net": DiTNetConfig.presets["emoji"], "teacher": "dit", "teacher_guidance": 3.0, "prediction": "v", "s0": 18,
+           "target": "none", "distance": "pseudo-huber", "huber_c": 0.03,
+           "path": {"native": DiscretePath(spacing="linspace").to_json(), "sigma_data": 1.0, "sigma_min": 0.02,
+                    "points": 18, "visits": (0, 9)}}
 _BEDROOM = {"net": UNetConfig.presets["lsun-256"], "size": 256, "conditioner": {"kind": "none"}}
+_DISTIL = {"steps": 10_000, "batch_size": 64, "lr": 2e-4, "warmup": 200, "schedule": "linear", "final_lr": 0.05,
+           "ema": 0.998, "save_every": 500, "cache_latents": True, "betas": (0.9, 0.99)}
 
 
 class ConsistencyPath(VEPath):
     """The VE path with the noise levels that a run of few steps visits.
 
     points: levels of the grid, 0 the noisiest. visits: those of a run of len(visits) steps; other runs go evenly.
+    native: the path that the network was trained on, if another: at equal signal to noise all paths show one picture,
+    scaled otherwise (Kingma et al. 2021), so the network is given x and its clock as they would be there.
     """
 
     log_clock: float = Field(250.0, ge=0)
     points: int = Field(40, ge=2)
     visits: tuple[int, ...] = ()
+    native: AnyPath | None = None
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return super().network_time(t) if self.native is None else self.native.network_time(self.native_time(t))
+
+    def native_time(self, sigma: Tensor) -> Tensor:
+        """Where the native path has the signal to noise of sigma."""
+        return self.native.t_of_log_snr(-sigma.double().log())
 
     def times(self, steps: int, *, schedule: str = "native", shape=None, strength: float = 1.0) -> Tensor:
         """Sigmas of a run over the last `strength` of the grid; UsageError for a schedule, or more steps than levels.
@@ -61,6 +81,9 @@ class ConsistencyPath(VEPath):
 class ConsistencyConfig(JumpConfig):
     """Consistency distillation with `teacher`, else consistency training.
 
+    prediction: what the network says on `path.native`; without one it is EDM's F. teacher_guidance: the scale of
+    classifier-free guidance under which the teacher walks.
+
     scales: noise levels N(k): `s0` throughout ("fixed"), growing from s0 to s1 over `total` training steps with the
     square root of time ("progressive", CT) or by doubling ("doubling", iCT). levels: which of them are drawn.
     target: how the slow copy follows: a fixed decay mu, the one that goes with the levels ("adaptive", CT), or none
@@ -68,9 +91,10 @@ class ConsistencyConfig(JumpConfig):
     file `lpips`. weighting: "uniform", or 1 over the gap of the two levels ("gap", iCT).
     """
 
-    net: UNetConfig = UNetConfig()
+    net: UNetConfig | DiTNetConfig = UNetConfig()
     path: ConsistencyPath = ConsistencyPath()
-    prediction: Literal["edm"] = "edm"
+    prediction: Literal["edm", "eps", "x0", "v", "flow"] = "edm"
+    teacher_guidance: float = Field(1.0, ge=0)
     conditioner: LabelCondConfig | TextCondConfig | NoCondConfig = Field(LabelCondConfig(), discriminator="kind")
     p_uncond: float = Field(0.0, ge=0, le=1)
     clip: bool = True
@@ -93,6 +117,12 @@ class ConsistencyConfig(JumpConfig):
             raise ValueError(NEEDED)
         return self
 
+    @model_validator(mode="after")
+    def _predicts_on_a_path(self) -> Self:
+        if self.path.native is None and self.prediction != "edm":
+            raise ValueError(f"prediction {self.prediction} needs path.native, the path that it speaks about")
+        return self
+
     def count(self, step: int) -> int:
         """N(k), the noise levels at a training step."""
         if self.scales == "fixed":
@@ -106,15 +136,29 @@ class ConsistencyConfig(JumpConfig):
             return cm.adaptive_decay(self.count(step), self.s0, self.mu)
         return self.mu if self.target == "fixed" else None
 
-    def jump(self, net, x: Tensor, t: Tensor, cond: Cond | None = None, prepared: dict | None = None) -> Tensor:
-        """f(x, sigma = t); sigma_min stands in c_skip and c_out, so that f is the identity there."""
+    def denoiser(self, net, cond: Cond | None, prepared: dict | None = None) -> Callable:
+        """A network as denoise(x, sigma) -> x0 estimate for x = x0 + sigma eps."""
         p = self.path
-        c_skip, c_out = (over(c(t.double(), p.sigma_data, p.sigma_min), x) for c in (edm.c_skip, edm.c_out))
-        clock = p.network_time(t.double()).to(x.device, torch.float32).expand(len(x))
-        out = net(network_input(p, "edm", x, t), clock, cond, prepared).to(x.dtype)
-        if t.ndim:
-            c_skip, c_out = c_skip.to(x), c_out.to(x)
-        return c_skip * x + c_out * out
+        if p.native is None:
+            return denoiser(net, p, "edm", cond, prepared)
+        known = denoiser(net, p.native, self.prediction, cond, prepared)
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            t = p.native_time(sigma)
+            alpha, _ = p.native.at(t)
+            return known(over(alpha, x).to(x) * x, t)
+        return denoise
+
+    def jump(self, net, x: Tensor, t: Tensor, cond: Cond | None = None, prepared: dict | None = None) -> Tensor:
+        """f(x, sigma = t): sigma - sigma_min stands in c_skip and c_out, so that f is the identity at sigma_min.
+
+        Said of the denoiser D = c_skip x + c_out F, whatever its network predicts.
+        """
+        p, sigma = self.path, t.double()
+        share = 1 - p.sigma_min / sigma                                             # of c_out that is left
+        keep = edm.c_skip(sigma, p.sigma_data, p.sigma_min) - share * edm.c_skip(sigma, p.sigma_data)
+        share, keep = (over(v, x).to(x) for v in (share, keep))
+        return share * self.denoiser(net, cond, prepared)(x, t) + keep * x
 
     def neighbours(self, system: Consistency, x0: Tensor, cond: Cond | None, rng: torch.Generator, step: int) -> Pair:
         """Two adjacent levels and one noise; the teacher's Heun step leads from one to the other, or the data do."""
@@ -124,28 +168,42 @@ class ConsistencyConfig(JumpConfig):
              cm.lognormal_levels(sigmas, len(x0), rng, self.level_mean, self.level_std))
         eps = torch.randn(x0.shape, generator=rng).to(x0)
         t, s = sigmas[i].to(x0.device), sigmas[i + 1].to(x0.device)
-        return self.pair(system.teacher, x0, eps, t, s, cond)
+        teacher = system.teacher and self.guided(system.teacher, cond, null_like(system, cond, len(x0), x0.device))
+        return self.pair(teacher, x0, eps, t, s, cond)
 
-    def pair(self, teacher, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, cond: Cond | None) -> Pair:
-        """The pair at levels t, s [B] for a given noise."""
+    def guided(self, teacher, cond: Cond | None, null: Cond | None) -> Callable:
+        """The teacher's denoise(x, sigma), guided away from what it says without a condition."""
+        alone = self.denoiser(teacher, cond)
+        if self.teacher_guidance == 1:
+            return alone
+        other = self.denoiser(teacher, null)
+        return lambda x, t: combine(alone(x, t), other(x, t), self.teacher_guidance)
+
+    def pair(self, teacher: Callable | None, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, cond: Cond | None) -> Pair:
+        """The pair at levels t, s [B] for a given noise; teacher: its denoise(x, sigma)."""
         x = x0 + over(t, x0).to(x0) * eps
-        near = (x0 + over(s, x0).to(x0) * eps if teacher is None else
-                cm.heun_step(denoiser(teacher, self.path, "edm", cond), x, t, s))
+        near = x0 + over(s, x0).to(x0) * eps if teacher is None else cm.heun_step(teacher, x, t, s)
         return Pair(x, t, near, s, cond, 1.0 if self.weighting == "uniform" else (1 / (t - s)).to(x))
 
     def check_teacher(self, other: Any) -> None:
-        """ModelError for a teacher that is no EDM denoiser with this model's clock and data."""
-        path = getattr(other, "path", None)
-        same = isinstance(path, VEPath) and (path.log_clock, path.sigma_data) == (self.path.log_clock,
-                                                                                  self.path.sigma_data)
+        """ModelError for a teacher that predicts something else than this model's network, or on another path."""
+        path, own = getattr(other, "path", None), self.path
+        if own.native is not None:
+            if (path, other.prediction, other.learned_variance) != (own.native, self.prediction, False):
+                raise ModelError(f"teacher {self.teacher} does not predict {self.prediction} on path.native",
+                                 hint="give path.native and prediction as the teacher has them")
+            return
+        same = isinstance(path, VEPath) and (path.log_clock, path.sigma_data) == (own.log_clock, own.sigma_data)
         if not same or other.prediction != "edm":
-            raise ModelError(f"teacher {self.teacher} is no EDM denoiser with log_clock {self.path.log_clock:g} and "
-                             f"sigma_data {self.path.sigma_data:g}", hint="--set path.log_clock and path.sigma_data")
+            raise ModelError(f"teacher {self.teacher} is no EDM denoiser with log_clock {own.log_clock:g} and "
+                             f"sigma_data {own.sigma_data:g}",
+                             hint="--set path.log_clock and path.sigma_data, or take --preset emoji-distil")
 
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"net": UNetConfig.presets["tiny"], "size": 16, "s0": 4, "s1": 16, "total": 20, "steps": 2},
         "emoji": _EMOJI | {"s1": 160, "total": 20_000, "level_mean": -0.4},
-        "emoji-distil": _CD | _EMOJI | {"path": {"sigma_data": 1.0, "visits": (0, 20)}},    # --set teacher=RUN
+        "emoji-distil": _CD | _EMOJI | _OF_DIT,
+        "emoji-edm": _CD | _EMOJI | {"path": {"sigma_data": 1.0, "visits": (0, 20)}},    # --set teacher=RUN
         "imagenet-64": _CD | {"net": UNetConfig.presets["imagenet-64"], "size": 64, "path": {"visits": (0, 22)}},
         "imagenet-64-ct": _CT | {"net": UNetConfig.presets["imagenet-64"], "size": 64, "s1": 200, "total": 800_000,
                                  "path": {"points": 201, "visits": (0, 106)}},
@@ -157,9 +215,8 @@ class ConsistencyConfig(JumpConfig):
         "tiny": {"steps": 20, "batch_size": 4},
         "emoji": {"steps": 20_000, "batch_size": 64, "lr": 5e-4, "warmup": 200, "schedule": "linear", "final_lr": 0.05,
                   "ema": 0.998, "save_every": 500, "cache_latents": True, "betas": (0.9, 0.99)},
-        "emoji-distil": {"steps": 10_000, "batch_size": 64, "lr": 2e-4, "warmup": 200, "schedule": "linear",
-                         "final_lr": 0.05, "ema": 0.998, "save_every": 500, "cache_latents": True,
-                         "betas": (0.9, 0.99)},
+        "emoji-distil": _DISTIL | {"batch_size": 32, "lr": 3e-4, "warmup": 50, "ema": 0.99, "save_every": 100},
+        "emoji-edm": _DISTIL,
         "imagenet-64": {"steps": 600_000, "batch_size": 2048, "lr": 8e-6, "ema": 0.9999, "save_every": 10_000},
         "imagenet-64-ct": {"steps": 800_000, "batch_size": 2048, "lr": 1e-4, "ema": 0.9999, "save_every": 10_000},
     }
