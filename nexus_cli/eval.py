@@ -38,8 +38,8 @@ def evaluate(
                                           show_default=False, help="ddim, euler, heun, dpmpp-2m, ...")] = None,
     duration: Annotated[float | None, option("--duration", parser=parse.duration, metavar="TIME", show_default=False,
                                              help="How long sounds are: 10, 90s, 2m.")] = None,
-    likelihood: Annotated[bool, option("--likelihood", help="Bits a dimension of held-out pictures under a model on "
-                                       "pixels; no samples.")] = False,
+    likelihood: Annotated[bool, option("--likelihood", help="How likely held-out pictures are: bits a dimension under "
+                                       "a model on pixels, nats by a Parzen window of a GAN's.")] = False,
     extractor: Annotated[str | None, option("--extractor", metavar="NAME|FILE", show_default=False,
                                             help="What is compared: lite0, inception (pictures), mel, whisper "
                                                  "(sounds).")] = None,

@@ -13,7 +13,7 @@ from nexus import catalog, checkpoint
 from nexus.data.folders import EXTENSIONS
 from nexus.data.images import ImageSet, open_images
 from nexus.errors import InputError, ModelError, UsageError
-from nexus.evaluate import classify, density, disentangle, sets, sound, translation
+from nexus.evaluate import classify, density, disentangle, parzen, sets, sound, translation
 from nexus.evaluate import judge as judges
 from nexus.evaluate.bootstrap import DRAWS, mean_interval
 from nexus.evaluate.features import Extractor, cached_features, features, open_extractor
@@ -50,10 +50,10 @@ def evaluate(what: str, *, model: str | None = None, data: str | None = None, sp
     pictures or sounds (./NAME where a model is called so). data: by default the set that the model was trained on.
     count: pictures or sounds to make or rebuild (default: one for each held-out one, at most 1,000 pictures or 200
     sounds). duration: seconds of a sound.
-    samples: a folder of what was made before, judged in place of new ones. likelihood: bits a dimension of held-out
-    pictures under a model on pixels, in place of numbers on samples. extractor: "lite0" or "inception" of pictures,
-    "mel" or "whisper" of sounds. lpips: a file of its weights (`nexus convert --to lpips`), by which rebuilt pictures
-    are compared too. sheet: a picture file to write, of the worst and best beside real ones.
+    samples: a folder of what was made before, judged in place of new ones. likelihood: that of held-out pictures, in
+    place of numbers on samples: in bits a dimension under a diffusion or flow on pixels, by a Parzen window for a GAN.
+    extractor: "lite0" or "inception" of pictures, "mel" or "whisper" of sounds. lpips: a file of its weights (`nexus
+    convert --to lpips`), by which rebuilt pictures are compared too. sheet: a picture file of the worst and best.
     generate(prompts, seeds): how pictures (or sounds [C, T]) are made, by default with the model itself.
     progress(done, total) counts them.
     A number is a float or {"value", "low", "high"}. Raises InputError, ModelError or UsageError.
@@ -87,8 +87,8 @@ def evaluate(what: str, *, model: str | None = None, data: str | None = None, sp
                        channels=getattr(config, "image_channels", None))
     facts = {"system": described["system"], "model": name, **_facts(held, data, settings), **_machine(system)}
     if likelihood:
-        _refuse({"guidance": guidance, "sampler": sampler, "sheet": sheet}, "no picture is made")
-        return _likely(system, held, facts, settings, steps, batch_size)
+        _refuse({"guidance": guidance, "sampler": sampler, "sheet": sheet}, "pictures that are made are not judged")
+        return _likely(system, held, data, facts, settings, steps, batch_size, generate)
     if analysis(system) is not None:
         _refuse({**sampling, "sheet": sheet}, "this model is judged by its reconstructions")
         return _rebuilt(system, held, facts, settings, batch_size)
@@ -183,12 +183,16 @@ def _disentangled(system: nn.Module, held: ImageSet, rows: list[int], seed: int,
     return numbers, {"factors": ", ".join(factors), "bins": disentangle.BINS}
 
 
-def _likely(system: nn.Module, held: ImageSet, facts: dict, settings: Settings, steps: int | None,
-            batch_size: int) -> dict:
-    """Bits a dimension of held-out pictures, each under its own caption where the model reads one."""
+def _likely(system: nn.Module, held: ImageSet, data: str, facts: dict, settings: Settings, steps: int | None,
+            batch_size: int, generate: Generate | None) -> dict:
+    """Bits a dimension of held-out pictures, each under its caption where the model reads one; windows for a GAN."""
     if not density.is_dense(system):
-        raise UsageError(f"{facts['system']} does not denoise: it has no likelihood of this kind",
-                         hint="leave --likelihood out")
+        if analysis(system) is not None:
+            raise UsageError(f"{facts['system']} does not denoise: it has no likelihood of this kind",
+                             hint="leave --likelihood out")
+        _refuse({"steps": steps}, "these pictures take none")
+        generate = generate or from_system(system, SampleRequest(), batch_size)
+        return _windowed(system, held, data, facts, settings, generate)
     count = min(settings.count or MOST, len(held))
     rows = order(len(held), count, settings.seed)
     asked = prompts_of(held, rows) if system.conditioner is not None else [None] * count
@@ -197,6 +201,30 @@ def _likely(system: nn.Module, held: ImageSet, facts: dict, settings: Settings, 
                                watch=lambda done: settings.watch(done, count))
     facts |= {"pictures": count, **how, "interval": f"95 %, bootstrap over pictures, {DRAWS} draws"}
     return {"protocol": facts, "numbers": {"nll (bits a dimension)": mean_interval(values, settings.seed)}}
+
+
+def _windowed(system: nn.Module, held: ImageSet, data: str, facts: dict, settings: Settings,
+              generate: Generate) -> dict:
+    """Log-likelihood of held-out pictures under a Parzen window of generated ones, made for captions as frequent."""
+    count = min(settings.count or MOST, len(held))
+    size, channels = held.facts.size, held.facts.channels
+    train = open_images(data, split="train", size=size, channels=channels)
+    valid = order(len(train), min(parzen.VALID, len(train)), settings.seed)
+    rows = order(len(held), parzen.WINDOWS, settings.seed)
+    asked = getattr(system, "conditioner", None) is not None
+    prompts = sorted(prompts_of(held, rows)) if asked else [None] * parzen.WINDOWS      # equal ones share a batch
+    made: list[np.ndarray] = []
+    for picture in generate(prompts, [derive(settings.seed, "parzen", i) for i in range(parzen.WINDOWS)]):
+        made.append(picture)
+        settings.watch(len(made), parzen.WINDOWS)
+
+    def unit(pictures: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(pictures)).float() / 255
+    real, near = unit([held.get(i) for i in rows[:count]]), unit([train.get(i) for i in valid])
+    values, width = parzen.nats(real, unit(made), near)
+    facts |= {"pictures": count, "windows": parzen.WINDOWS, "width": round(width, 4), "width_chosen_on":
+              f"{len(valid)} training pictures", "interval": f"95 %, bootstrap over pictures, {DRAWS} draws"}
+    return {"protocol": facts, "numbers": {"parzen log-likelihood (nats)": mean_interval(values, settings.seed)}}
 
 
 def _apart(held: ImageSet, rows: list[int], rebuilt: list[np.ndarray], settings: Settings) -> tuple[dict, dict]:

@@ -12,6 +12,7 @@ from nexus import checkpoint
 from nexus.data.images import open_images
 from nexus.errors import InputError, UsageError
 from nexus.evaluate import judge as judges
+from nexus.evaluate import parzen
 from nexus.evaluate.bootstrap import mean_interval
 from nexus.evaluate.features import features
 from nexus.evaluate.judge import Made
@@ -227,3 +228,13 @@ def test_trained_models_report_it_with_their_protocol(trained):
         evaluate(trained("ddpm"), split="all", count=4, guidance=2.0, device="cpu", likelihood=True)
     with pytest.raises(UsageError, match="vae does not denoise"):
         evaluate(trained("vae"), split="all", count=4, device="cpu", likelihood=True)
+
+
+def test_a_gan_has_a_likelihood_by_windows(trained, monkeypatch):
+    monkeypatch.setattr(parzen, "WINDOWS", 32)
+    report = evaluate(trained("gan"), split="all", count=4, device="cpu", batch_size=16, likelihood=True)
+    number, facts = report["numbers"]["parzen log-likelihood (nats)"], report["protocol"]
+    assert number["low"] <= number["value"] <= number["high"] and (facts["windows"], facts["pictures"]) == (32, 4)
+    assert facts["width"] in [round(float(w), 4) for w in parzen.WIDTHS]
+    with pytest.raises(UsageError, match="^--steps "):
+        evaluate(trained("gan"), split="all", count=4, steps=6, device="cpu", likelihood=True)
