@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from nexus import __version__, catalog, checkpoint, turns
-from nexus.errors import DeviceError, InputError, UsageError
+from nexus.errors import DeviceError, InputError, UsageError, is_full
 from nexus.media import Media, to_uint8
-from nexus.requests import OWN, SampleRequest, refuse
+from nexus.requests import OWN, SampleRequest, check_companions, refuse
 from nexus.stored import default_model
 
 __all__ = ["Item", "evaluate", "load", "model_info", "models", "sample", "to_uint8", "train", "verify"]
@@ -96,9 +96,9 @@ def sample(system: str | torch.nn.Module, request: SampleRequest, *, seeds: list
     """Pictures or sounds as they are made, one a seed; item i is the same whatever the batch size.
 
     system: a catalog name (with `model`, or its embedded checkpoint; offload and tile as of `load`) or a loaded system.
-    progress(done, total) counts sampling steps over all batches; True shows a bar on stderr. An out-of-memory batch is
-    tried once more at half its size. preview(media) sees a batch in the making, decoded after every preview_every-th
-    step and the last one.
+    progress(done, total) counts sampling steps over all batches; True shows a bar on stderr. A batch that does not
+    fit into memory is tried again at half its size, down to one picture. preview(media) sees a batch in the making,
+    decoded after every preview_every-th step and the last one.
     """
     if isinstance(system, str):
         catalog.entry(system)
@@ -135,7 +135,9 @@ def _made(system: torch.nn.Module, request: SampleRequest, seeds: list[int], bat
         part = seeds[done:done + batch_size]
         try:
             made = system.generate(request, seeds=part, watch=watch.of(done, len(part)), **more)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_full(error):
+                raise
             if len(part) == 1:
                 raise DeviceError(f"out of memory: {(str(error).splitlines() or ['no message'])[0]:.200}",
                                   hint="a smaller --size, --dtype bfloat16, or another --device") from None
@@ -148,7 +150,8 @@ def _made(system: torch.nn.Module, request: SampleRequest, seeds: list[int], bat
 
 
 def _check_own(system: torch.nn.Module, request: SampleRequest) -> None:
-    """UsageError for a setting of some systems alone that this one would ignore."""
+    """UsageError for a setting that would be ignored: of other systems alone, or without one that it goes with."""
+    check_companions(request, ("control",) if hasattr(system, "backbone") else ())
     others = SampleRequest.model_fields.keys() - set(OWN)
     refuse(request, others | set(getattr(system, "takes", ())), "this system has no use for it")
 

@@ -63,3 +63,9 @@ class StoppedError(NexusError):
     """Stopped on request after saving; the same command again continues."""
 
     code = 75
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that memory is full: torch's kind for a graphics card, or its words for the CPU."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said

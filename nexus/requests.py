@@ -17,6 +17,7 @@ SAMPLERS = ("ddpm", "ddim", "euler", "euler-a", "heun", "midpoint", "rk4", "dopr
 GUIDANCE_KINDS = ("cfg", "cfg-zero", "apg", "pag", "slg", "autoguidance", "classifier")
 NEEDS_KIND = {"guide_model": ("autoguidance", "classifier"), "apg": ("apg",), "perturb_layers": ("pag", "slg"),
               "perturb_scale": ("pag", "slg"), "zero_init": ("cfg-zero",)}
+COMPANIONS = {"negative_prompt": "prompt", "control_image": "control", "control_scale": "control"}
 ONE_STEP = "this model makes a picture in one step, there is nothing to set"
 OWN = ("truncation", "interpolate", "direction", "duration", "temperature", "top_k", "top_p", "guidance_style",
        "melody", "continued")       # only for systems that name them in `takes`
@@ -124,6 +125,14 @@ def refuse(request: SampleRequest, takes: Collection[str], why: str) -> None:
     for name, field in SampleRequest.model_fields.items():
         if name not in takes and getattr(request, name) != field.get_default(call_default_factory=True):
             raise UsageError(f"{flag_of(name)}: {why}", hint=f"leave {flag_of(name)} out")
+
+
+def check_companions(request: SampleRequest, own: Collection[str] = ()) -> None:
+    """UsageError naming the flag of a setting that says nothing without another one; own: those the model brings."""
+    for name, other in COMPANIONS.items():
+        if getattr(request, name) is not None and getattr(request, other) is None and other not in own:
+            raise UsageError(f"{flag_of(name)} has no meaning without {flag_of(other)}",
+                             hint=f"add {flag_of(other)}, or leave it out")
 
 
 def check_guidance(given: Mapping) -> None:

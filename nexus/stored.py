@@ -42,9 +42,9 @@ def find(name: str) -> Path:
 
 def _model_at(path: Path) -> Path | None:
     """The model that a path leads to, of a run its newest; None for anything else."""
-    steps = sorted(p for p in path.glob("step-*") if p.name[5:].isdigit()) if path.is_dir() else []
+    steps = {int(p.name[5:]): p for p in path.glob("step-*") if p.name[5:].isdigit()} if path.is_dir() else {}
     if steps and not _has_weights(path):
-        return steps[-1]
+        return steps[max(steps)]
     return path if _has_weights(path) or path.suffix == ".safetensors" and path.is_file() else None
 
 
@@ -55,7 +55,7 @@ def _has_weights(folder: Path) -> bool:
 def weight_files(path: Path, name: str = "model") -> list[Path]:
     """The files that hold a model's weights, or its averaged ones (`ema`): one, or the shards that its index lists.
 
-    None where there are no such weights; ModelError for an index that is damaged.
+    [] where there are no such weights; ModelError for an index that is damaged.
     """
     whole, index = path / f"{name}.safetensors", path / f"{name}.safetensors{INDEX}"
     if path.is_file() or whole.exists() or not index.exists():

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from nexus.errors import DeviceError, NexusError, OutputError
+from nexus.errors import DeviceError, NexusError, OutputError, is_full
 from nexus_cli import convert, doctor, eval, gallery, help, info, models, music, output, sample, train
 from nexus_cli.options import EXIT_CODES
 
@@ -40,7 +40,7 @@ def _show_version(asked: bool) -> None:
 def root(ctx: typer.Context,
          version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True,
                                                help="Show the version and exit.")] = False) -> None:
-    """Train, sample, convert and evaluate generative models of pictures, sound and video."""
+    """Train, sample, convert and evaluate generative models of pictures and sound."""
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
 
@@ -119,7 +119,7 @@ def _known(context) -> list[str]:
 def _unexpected(error: Exception) -> int:
     """A bug, or the device's complaint that it is full: one line, and where the traceback is."""
     first = (str(error).splitlines() or [""])[0][:300]
-    if "out of memory" in str(error).lower() or type(error).__name__ == "OutOfMemoryError":
+    if is_full(error):
         output.complain(f"out of memory: {first}", "a smaller --size or --batch-size, or --dtype bfloat16")
         return DeviceError.code
     output.complain(f"internal error: {type(error).__name__}: {first}",

@@ -10,7 +10,7 @@ import torch
 
 import nexus
 from nexus import api, checkpoint
-from nexus.errors import DeviceError
+from nexus.errors import DeviceError, UsageError, is_full
 from nexus.images import read_image
 from nexus.models.cv.vae.vae import VAEConfig
 from nexus.models.diffusion.base_diffusion import DDPMConfig
@@ -108,7 +108,7 @@ class Full(torch.nn.Module):
 
     def generate(self, request, *, seeds, watch=None):
         if len(seeds) > self.room:
-            raise MemoryError
+            torch.empty(1 << 60, dtype=torch.uint8)                     # the allocator's own words
         return self.vae.generate(request, seeds=seeds)
 
 
@@ -116,6 +116,18 @@ def test_a_batch_that_is_too_large_is_halved_and_one_picture_that_is_is_an_error
     assert [item.seed for item in api.sample(Full(2), SampleRequest(), seeds=[3, 4, 5, 6, 7])] == [3, 4, 5, 6, 7]
     with pytest.raises(DeviceError, match="out of memory"):
         list(api.sample(Full(0), SampleRequest(), seeds=[3, 4]))
+    assert is_full(MemoryError()) and is_full(torch.OutOfMemoryError("CUDA out of memory."))
+    assert not is_full(RuntimeError("size mismatch"))
+
+
+@pytest.mark.parametrize("given, said", [
+    ({"negative_prompt": "cat"}, "--negative-prompt has no meaning without --prompt"),
+    ({"control_scale": 0.5}, "--control-scale has no meaning without --control"),
+    ({"guidance": 3.0}, "unconditional"), ({"guidance_rescale": 0.5}, "unconditional"),
+    ({"image_noise": 0.1}, "--image-noise has no meaning")])
+def test_a_setting_that_would_be_ignored_is_refused(ddpm, given, said):
+    with pytest.raises(UsageError, match=said):
+        list(api.sample(ddpm, SampleRequest(**given), seeds=[0]))
 
 
 # Names

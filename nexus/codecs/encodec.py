@@ -274,12 +274,12 @@ class EncodecNet(nn.Module):
 def overlapped(parts: list[Tensor], step: int) -> Tensor:
     """Segments [B, C, T] that begin `step` samples apart as one sound, each fading into the next in a straight line.
 
-    All but the last are of one length.
+    The first is the longest; one before the last may end after it.
     """
     size = parts[0].shape[-1]
     ramp = torch.arange(size, device=parts[0].device)
     weight = torch.minimum(ramp + 1, size - ramp).to(parts[0])
-    out = parts[0].new_zeros(*parts[0].shape[:-1], step * (len(parts) - 1) + parts[-1].shape[-1])
+    out = parts[0].new_zeros(*parts[0].shape[:-1], max(i * step + part.shape[-1] for i, part in enumerate(parts)))
     total = torch.zeros_like(out[0, 0])
     for i, part in enumerate(parts):
         end = i * step + part.shape[-1]

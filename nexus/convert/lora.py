@@ -126,6 +126,9 @@ def adapt(system: nn.Module, name: str, spec: LoRAConfig) -> None:
 
     name: its catalog name. Raises UsageError when there is nothing to adapt.
     """
+    if getattr(system.config, "medium", "image") == "audio":
+        raise UsageError(f"'{name}' takes no LoRA: its network reads weights past their layers, and branches with them",
+                         hint=f"nexus train {name} --init MODEL goes on with all of it")
     chosen = [slot for slot in _namings(name, system)[0] if _wanted(system.net, slot, spec.targets)]
     if not chosen:
         raise UsageError(f"'{name}' has no layer for --lora targets={spec.targets}",

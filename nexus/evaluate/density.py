@@ -20,7 +20,7 @@ HALF_LEVEL = 1 / 255    # half the distance of two neighbouring levels of 8-bit 
 
 def is_dense(system: nn.Module) -> bool:
     """Whether the system denoises on a path, so that pictures have a likelihood."""
-    return all(hasattr(getattr(system, "config", None), name) for name in ("path", "prediction", "latent_shape"))
+    return getattr(system, "denoises", False)
 
 
 def bits(system: nn.Module, batches: Iterator[tuple[dict, list[str | None]]], *, seed: int, steps: int | None = None,

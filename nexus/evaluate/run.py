@@ -190,8 +190,7 @@ def _likely(system: nn.Module, held: ImageSet, data: str, facts: dict, settings:
         if analysis(system) is not None:
             raise UsageError(f"{facts['system']} does not denoise: it has no likelihood of this kind",
                              hint="leave --likelihood out")
-        _refuse({"steps": steps}, "these pictures take none")
-        generate = generate or from_system(system, SampleRequest(), batch_size)
+        generate = generate or from_system(system, SampleRequest(steps=steps), batch_size)
         return _windowed(system, held, data, facts, settings, generate)
     count = min(settings.count or MOST, len(held))
     rows = order(len(held), count, settings.seed)

@@ -23,12 +23,13 @@ def mel_filters(rate: int, window: int, bands: int, low: float = 0.0, high: floa
     """
     def mel(hertz: float) -> float:
         return 2595 * math.log10(1 + hertz / 700)
-    points = torch.linspace(mel(low), mel(high or rate / 2), bands + 2, dtype=torch.float64)
-    edges = 700 * (10 ** (points / 2595) - 1)
-    bins = torch.linspace(0, rate / 2, window // 2 + 1, dtype=torch.float64)
-    past, width = bins - edges[:, None], edges.diff()[:, None]
-    rising, falling = past[:-2] / width[:-1], -past[2:] / width[1:]
-    return torch.minimum(rising, falling).clamp_min(0).float()
+    with torch.inference_mode(False), torch.device("cpu"):      # what is kept must serve training too
+        points = torch.linspace(mel(low), mel(high or rate / 2), bands + 2, dtype=torch.float64)
+        edges = 700 * (10 ** (points / 2595) - 1)
+        bins = torch.linspace(0, rate / 2, window // 2 + 1, dtype=torch.float64)
+        past, width = bins - edges[:, None], edges.diff()[:, None]
+        rising, falling = past[:-2] / width[:-1], -past[2:] / width[1:]
+        return torch.minimum(rising, falling).clamp_min(0).float()
 
 
 def mel_spectrogram(x: Tensor, rate: int, window: int, bands: int = 64) -> Tensor:

@@ -32,7 +32,7 @@ class StyleConfig(Config):
     width: int = Field(768, ge=1)
     quantizers: int = Field(3, ge=1)
     bins_in: int = Field(2048, ge=2)
-    dim: int = Field(512, ge=2, multiple_of=2)
+    dim: int = Field(512, ge=4, multiple_of=2)
     depth: int = Field(8, ge=0)
     heads: int = Field(8, ge=1)
     books: int = Field(6, ge=1)

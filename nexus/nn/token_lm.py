@@ -43,7 +43,7 @@ class TokenLMConfig(Config):
          for end in ("", "-stereo")}
     codebooks: int = Field(4, ge=1)
     bins: int = Field(2048, ge=2)
-    dim: int = Field(1024, ge=2)
+    dim: int = Field(1024, ge=4)
     depth: int = Field(24, ge=1)
     heads: int = Field(16, ge=1)
     mlp_ratio: float = Field(4.0, gt=0)

@@ -41,11 +41,9 @@ def read_hint(system: Diffusion, request: SampleRequest) -> Tensor:
     """The request's control picture [1, 3, H, W] in [0, 1], covering the run's size. Raises InputError, UsageError."""
     if request.control_image is None:
         raise UsageError("a ControlNet is shown a picture, and there is none", hint="add --control-image FILE")
-    c = system.config
-    factor = c.codec.net.factor if c.codec else 1
-    _, rows, cols = c.latent_shape
-    array = fitted(read_image(request.control_image, mode="RGB"), request.width or cols * factor,
-                   request.height or rows * factor)
+    factor = system.config.codec.net.factor if system.config.codec else 1
+    _, rows, cols = system.run_shape(request)
+    array = fitted(read_image(request.control_image, mode="RGB"), cols * factor, rows * factor)
     parameter = next(system.net.parameters())
     hint = torch.from_numpy(array).permute(2, 0, 1)[None].to(parameter.device, torch.float32) / 255
     return hint.to(parameter.dtype)

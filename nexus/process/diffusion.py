@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from nexus.config import Config
-from nexus.errors import InputError, UsageError
+from nexus.errors import InputError, ModelError, UsageError
 from nexus.losses import lpips
 from nexus.media import Media
 from nexus.phase import Phase
@@ -147,6 +147,7 @@ class Diffusion(nn.Module):
     """A network on a path, between an optional codec and an optional conditioner."""
 
     takes_guide = True
+    denoises = True                     # step by step, so that pictures have a likelihood
 
     def __init__(self, config: DiffusionConfig):
         super().__init__()
@@ -211,7 +212,10 @@ class Diffusion(nn.Module):
         if c.prediction == "edm":                       # an error of F is one of x0 over c_out
             data = c.path.sigma_data ** 2
             return capped * data / (1 + data * snr)
-        return {"x0": capped, "eps": capped / snr, "v": capped / (snr + 1), "flow": capped / snr}[c.prediction]
+        if c.prediction == "flow":                      # one of the velocity is one of x0 times the turning rate
+            d_alpha, d_sigma = c.path.rates(t)
+            return capped * (sigma / (d_sigma * alpha - d_alpha * sigma)).square()
+        return {"x0": capped, "eps": capped / snr, "v": capped / (snr + 1)}[c.prediction]
 
     def _training_cond(self, batch: dict, drop: Tensor, rng: torch.Generator) -> dict | None:
         cond = None
@@ -263,7 +267,7 @@ class Diffusion(nn.Module):
 
     def _prepare(self, request: SampleRequest, seeds: list[int], device: torch.device) -> Run:
         c = self.config
-        shape = self._shape(request)
+        shape = self.run_shape(request)
         noise = ItemNoise(seeds)
         drawn = noise.draw(shape) if request.initial_noise is None else read_noise(request.initial_noise, shape, seeds)
         drawn = drawn.to(device)
@@ -303,7 +307,7 @@ class Diffusion(nn.Module):
         shown = self.decode(x)
         return shown if run.pixels is None else paste(shown, *run.pixels)
 
-    def _shape(self, request: SampleRequest) -> tuple[int, int, int]:
+    def run_shape(self, request: SampleRequest) -> tuple[int, int, int]:
         """The latent shape of the asked-for size; UsageError when the codec or network cannot make it."""
         channels, rows, cols = self.config.latent_shape
         factor = self.config.codec.net.factor if self.config.codec else 1
@@ -323,3 +327,17 @@ class Diffusion(nn.Module):
     def _cached(self, points: Grid, cond: dict | None) -> dict | None:
         """What the network can compute once for all steps of the run."""
         return cached(self, points, cond)
+
+
+def check_teacher(system: Any, student: DiffusionConfig) -> None:
+    """ModelError when what a teacher makes is not what its student denoises."""
+    if not isinstance(system, Diffusion):
+        raise ModelError(f"the teacher {student.teacher} is no diffusion or flow model",
+                         hint="a system such as flow, rectified-flow, dit or ddpm")
+    its = system.config
+    if its.latent_shape != student.latent_shape:
+        raise ModelError(f"the teacher makes {its.latent_shape}, this model {student.latent_shape}",
+                         hint="choose another teacher, or its size and codec")
+    names = getattr(its.conditioner, "classes", None)
+    if names and names != getattr(student.conditioner, "classes", None):
+        raise ModelError("the teacher has other classes than the data set", hint="use the set it was trained on")

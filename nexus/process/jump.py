@@ -12,7 +12,7 @@ from nexus.errors import UsageError
 from nexus.losses import lpips
 from nexus.phase import Phase
 from nexus.process.consistency import DISTANCES, multistep, replayed
-from nexus.process.diffusion import Diffusion, DiffusionConfig, Run
+from nexus.process.diffusion import Diffusion, DiffusionConfig, Run, check_teacher
 from nexus.process.predictions import clipped
 from nexus.process.schedules import Grid, grid, tail
 from nexus.process.steer import check_class
@@ -36,6 +36,14 @@ class JumpConfig(DiffusionConfig):
     """
 
     teacher: str | None = None
+    # what only a sampler of many steps, or the loss of one, would read:
+    min_snr: float = Field(0.0, ge=0, le=0)
+    pairing: Literal["none"] = "none"
+    sampler: Literal["ddim"] = "ddim"
+    schedule: Literal["native"] = "native"
+    variance: Literal["small"] = "small"
+    guided_channels: None = None
+    learned_variance: Literal[False] = False
     distance: Literal[tuple(DISTANCES)] = "l2"
     huber_c: float = Field(0.00054, gt=0)
     steps: int = Field(1, ge=1)
@@ -64,6 +72,7 @@ class Consistency(Diffusion):
     """
 
     takes_guide = False
+    denoises = False
     training_only = ("teacher", "target")
 
     def __init__(self, config: JumpConfig):
@@ -76,9 +85,10 @@ class Consistency(Diffusion):
                 self.conditioner.requires_grad_(False)
 
     def admit(self, part: str, other: nn.Module) -> None:
-        """ModelError when a teacher's trajectories are not on this path."""
+        """ModelError when a teacher makes something else, or its trajectories are not on this path."""
         if part == "teacher":
             self.config.check_teacher(other.config)
+            check_teacher(other, self.config)
 
     def phases(self) -> tuple[Phase, ...]:
         """The network; the target is made here, as training begins, of the weights that the network then has."""

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from nexus.config import Config
+from nexus.config import Config, not_above
 from nexus.errors import UsageError
 from nexus.process import clocks, edm
 
@@ -48,7 +48,7 @@ class DiscretePath(Config):
     offset: int = Field(0, ge=0)                    # added to "leading" indices; 1 for Stable Diffusion
     open_end: bool = False                          # spaced for one step more, without the cleanest index (diffusers'
                                                     # multistep solvers); "trailing" ends above 0 anyway
-    ends_at_first: bool = False                     # ddim and pndm stop at index 0, not at the data
+    ends_at_first: bool = False                     # ddim, pndm and sa-solver stop at index 0, not at the data
 
     def alpha_bar(self) -> Tensor:
         """alpha(t)^2 of every index: [T] float64, falling."""
@@ -194,6 +194,7 @@ class VEPath(Config):
     p_mean: float = -1.2
     p_std: float = Field(1.2, gt=0)
     sigma_data: float = Field(edm.SIGMA_DATA, gt=0)
+    _ordered = not_above("sigma_min", "sigma_max")
     log_clock: float = Field(0.0, ge=0)
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,7 @@ def steered(task: Task) -> tuple[Callable, tuple[dict, ...]]:
     """denoise(x, t) -> x0 with guidance and thresholds, and each item's notes. Raises UsageError, InputError."""
     c, request = task.system.config, task.request
     check_guidance(request.model_dump(exclude_none=True))
+    _check_used(task.system, request)
     if request.dynamic_threshold is not None and c.codec is not None:
         raise UsageError("--dynamic-threshold scales pixels into [-1, 1], and this model denoises latents",
                          hint="leave it out; --guidance-rescale works on latents")
@@ -59,6 +60,17 @@ def steered(task: Task) -> tuple[Callable, tuple[dict, ...]]:
     if request.dynamic_threshold is not None:
         return thresholded(denoise, request.dynamic_threshold), sides.notes
     return (clipped(denoise) if c.clip else denoise), sides.notes
+
+
+def _check_used(system, request: SampleRequest) -> None:
+    """UsageError for a setting that this model would ignore."""
+    led = system.conditioner is not None or request.guidance_kind in OWN_SCALES
+    if not led and (request.negative_prompt or request.guidance not in (None, 1) or request.guidance_rescale):
+        raise UsageError("this model is unconditional: there is nothing to guide it by",
+                         hint="leave --guidance, --guidance-rescale and --negative-prompt out")
+    if request.image_noise is not None and getattr(system.config.concat, "kind", None) != "upscale":
+        raise UsageError("--image-noise has no meaning with a model that does not enlarge pictures",
+                         hint="leave it out; --strength says how much of --image is redone")
 
 
 def always_classed(net) -> bool:

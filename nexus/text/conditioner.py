@@ -18,6 +18,12 @@ from nexus.text.match import match, split_style
 Cond = dict[str, Tensor]
 
 
+def _styled(config: Config, styles: tuple[str, ...]) -> dict:
+    """The styles of a conditioner, its own or the data's, and its default style if they have it."""
+    styles = config.styles or styles
+    return {"styles": styles, "default_style": config.default_style if config.default_style in styles else ""}
+
+
 class NoCondConfig(Config):
     """No condition: a prompt is refused by the caller."""
 
@@ -44,8 +50,8 @@ class LabelCondConfig(Config):
     style_dropout: float = Field(0.0, ge=0, le=1)       # share of training pictures whose style is not said
 
     def adapt(self, classes: tuple[str, ...], styles: tuple[str, ...]) -> Self:
-        """A copy with the data set's names, where none were given."""
-        return self.model_copy(update={"classes": self.classes or classes, "styles": self.styles or styles})
+        """A copy with the data set's names, where none were given; a default style that they lack is none."""
+        return self.model_copy(update={"classes": self.classes or classes} | _styled(self, styles))
 
     def build(self) -> "LabelConditioner":
         """The conditioner; it has no weights."""
@@ -110,9 +116,9 @@ class TextCondConfig(Config):
     style_dropout: float = Field(0.1, ge=0, le=1)       # share of training captions that do not name their style
 
     def adapt(self, classes: tuple[str, ...], styles: tuple[str, ...]) -> Self:
-        """A copy with the data set's words and styles, where none were given."""
+        """A copy with the data set's words and styles, where none were given; a default style they lack is none."""
         texts = [*classes, *(caption("", s) for s in styles)]
-        return self.model_copy(update={"encoder": self.encoder.adapt(texts), "styles": self.styles or styles})
+        return self.model_copy(update={"encoder": self.encoder.adapt(texts)} | _styled(self, styles))
 
     def build(self) -> "TextConditioner":
         """The conditioner with its encoder."""

@@ -109,7 +109,7 @@ class PretrainedConditioner(nn.Module):
         empty = self._encoded("", device)
         if self.config.null == "empty":
             return empty
-        return Encoded({n: torch.zeros_like(v) if v.is_floating_point() else v for n, v in empty.cond.items()})
+        return Encoded({name: torch.zeros_like(value) for name, value in empty.cond.items()})     # masks too: no word
 
     def _encoded(self, prompt: str, device: torch.device) -> Encoded:
         """From memory, from disk, or made and kept in both."""

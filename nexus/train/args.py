@@ -6,6 +6,8 @@ from pydantic import Field
 
 from nexus.config import Config
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 class TrainArgs(Config):
     """Training arguments; a system's `recipes` give them per preset, `--set train.NAME=VALUE` changes one.
@@ -19,12 +21,12 @@ class TrainArgs(Config):
     steps: int = Field(1000, ge=1)
     batch_size: int = Field(32, ge=1)
     accumulate: int = Field(1, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["float32", "bfloat16", "auto"] = "float32"   # auto: bfloat16 where the machine is fast at it
     optimizer: Literal["adamw", "muon", "adam", "rmsprop"] = "adamw"
     lr: float = Field(1e-4, gt=0)
     muon_lr: float = Field(0.02, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     warmup: int = Field(0, ge=0)
     schedule: Literal["constant", "cosine", "linear", "constant-linear"] = "constant"

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class World(NamedTuple):
@@ -78,3 +79,9 @@ def barrier(world: World) -> None:
     """Wait for all ranks."""
     if world.size > 1:
         dist.barrier()
+
+
+def apart(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Those that FSDP2 has cut over the ranks, and the whole ones: torch's operations on lists take no mixture."""
+    kinds = [[t for t in tensors if isinstance(t, DTensor) == cut] for cut in (True, False)]
+    return [kind for kind in kinds if kind]

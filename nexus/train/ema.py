@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from nexus.checkpoint import read_description, read_tensors, save_model
 from nexus.errors import ModelError, UsageError
+from nexus.train.distributed import apart
 
 WIDEST = 0.288          # sigma_rel of the even average (gamma = 0) is 12^-1/2
 
@@ -36,10 +36,9 @@ class EMA:
         """Move towards `tensors` after the given number of finished steps."""
         decay = self.decay_after(step)
         floating = [n for n, t in tensors.items() if t.is_floating_point()]
-        for cut in (True, False):       # tensors that FSDP2 has cut over the ranks do not mix with whole ones
-            names = [n for n in floating if isinstance(tensors[n], DTensor) == cut]
-            if names:
-                torch._foreach_lerp_([self.average[n] for n in names], [tensors[n].detach() for n in names], 1 - decay)
+        averages, now = (apart([named[n].detach() for n in floating]) for named in (self.average, tensors))
+        for average, tensor in zip(averages, now, strict=True):
+            torch._foreach_lerp_(average, tensor, 1 - decay)
         for name in tensors.keys() - set(floating):
             self.average[name].copy_(tensors[name])
 

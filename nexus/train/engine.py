@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nexus.checkpoint import released_state
 from nexus.errors import DivergedError, StoppedError
@@ -18,7 +18,8 @@ from nexus.train import run as runs
 from nexus.train.args import TrainArgs
 from nexus.train.distributed import World, any_rank, average, average_gradients, barrier
 from nexus.train.optim import lr_scale, set_lr
-from nexus.train.state import TrainState, restore, save, whole
+from nexus.train.sharding import clip_grads
+from nexus.train.state import TrainState, restore, save
 
 MAX_SKIPPED = 10        # non-finite steps left out before --on-nan skip or rollback gives up
 
@@ -150,7 +151,7 @@ def _turn(state: TrainState, phase, turn: int, hooks: Hooks, world: World, devic
         for name, value in values.items():
             total[name] = total.get(name, 0) + value.detach().float() / args.accumulate
     average_gradients([p for p in params if not hasattr(p, "device_mesh")], world)
-    norm = whole(nn.utils.clip_grad_norm_(params, args.clip or float("inf"), foreach=True))
+    norm = clip_grads(params, args.clip or float("inf"))
     numbers = average(torch.stack([*total.values(), norm.detach().float().to(device)]), world).tolist()
     if not all(n == n and abs(n) != float("inf") for n in (numbers[list(total).index("loss")], numbers[-1])):
         return None

@@ -37,7 +37,8 @@ class Muon(torch.optim.Optimizer):
     weight_decay: decoupled, as of AdamW. State: "momentum_buffer", as of torch.optim.Muon.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(self, params: Iterable[nn.Parameter] | Iterable[dict], lr: float, weight_decay: float = 0.0,
+                 momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -51,7 +52,8 @@ class Muon(torch.optim.Optimizer):
     def _update(self, params: list[nn.Parameter], group: dict) -> None:
         """params: of one shape, device and dtype."""
         for p in params:
-            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers, grads = [self.state[p]["momentum_buffer"] for p in params], [p.grad for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, buffers, group["momentum"])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nexus.errors import ModelError
 from nexus.train.args import TrainArgs
+from nexus.train.distributed import apart
 from nexus.train.muon import Muon
 
 
@@ -23,18 +24,23 @@ def build_optimizers(module: nn.Module, args: TrainArgs, rate: float = 1.0) -> d
         rest = [p for _, p in named if id(p) not in chosen]
         found = {"adamw": _adamw(rest, args)} if rest else {}
         if hidden:                      # thin matrices, such as those of a LoRA, are none
-            found = {"muon": Muon(hidden, lr=args.muon_lr, weight_decay=args.weight_decay), **found}
+            found = {"muon": Muon(_groups(hidden), lr=args.muon_lr, weight_decay=args.weight_decay), **found}
         return found
     params = [p for _, p in named]
     if args.optimizer == "adam":
-        return {"adam": torch.optim.Adam(params, lr=args.lr, betas=args.betas, foreach=True)}
+        return {"adam": torch.optim.Adam(_groups(params), lr=args.lr, betas=args.betas, foreach=True)}
     if args.optimizer == "rmsprop":
-        return {"rmsprop": torch.optim.RMSprop(params, lr=args.lr, foreach=True)}
+        return {"rmsprop": torch.optim.RMSprop(_groups(params), lr=args.lr, foreach=True)}
     return {"adamw": _adamw(params, args)}
 
 
+def _groups(params: list[nn.Parameter]) -> list[dict]:
+    return [{"params": kind} for kind in apart(params)]
+
+
 def _adamw(params: list[nn.Parameter], args: TrainArgs) -> torch.optim.AdamW:
-    return torch.optim.AdamW(params, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay, foreach=True)
+    return torch.optim.AdamW(_groups(params), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay,
+                             foreach=True)
 
 
 def _is_hidden_matrix(module: nn.Module, name: str, p: nn.Parameter) -> bool:

@@ -151,6 +151,23 @@ def test_segments_of_one_sound_make_it_again():
         torch.testing.assert_close(overlapped(parts, step), x)
 
 
+def test_a_segment_may_end_after_the_next_one():
+    """Whole frames are decoded: a segment that was cut short, and one of the few samples behind it."""
+    made = overlapped([torch.ones(1, 1, 100), torch.ones(1, 1, 100), torch.ones(1, 1, 8)], 90)
+    torch.testing.assert_close(made, torch.ones(1, 1, 190))
+
+
+@torch.no_grad()
+def test_sound_of_any_length_comes_back_in_segments():
+    config = EncodecConfig.preset("tiny")
+    hop = config.rate / config.frame_rate
+    net = EncodecConfig.parse(config.to_json() | {"normalize": True, "segment": 10 * hop / config.rate, "overlap": 0.1,
+                                                  "interleave": "none"}).build()
+    for samples in range(int(17 * hop), int(20 * hop), 3):
+        x = random(1, config.channels, samples)
+        assert net.decode(net.encode(x), samples).shape == x.shape
+
+
 def test_segments_fade_in_a_straight_line():
     made = overlapped([torch.zeros(1, 1, 100), torch.ones(1, 1, 100)], 80)[0, 0]
     assert (made[:80] == 0).all() and (made[100:] == 1).all()

@@ -2,7 +2,6 @@
 
 import io
 import struct
-import time
 import zlib
 
 import numpy as np
@@ -72,9 +71,7 @@ BAD = {
 def test_bad_picture_is_skipped_with_a_reason(tmp_path, name):
     (tmp_path / name).write_bytes(BAD[name])
     (tmp_path / "zz good.png").write_bytes(GOOD_PNG)
-    start = time.monotonic()
     data = open_images(str(tmp_path))
-    assert time.monotonic() - start < 2
     assert len(data) == 1 and data.get(0).shape == (64, 64, 3)
     (skipped, reason), = data.skipped
     assert skipped == name and reason and "\n" not in reason and "BytesIO" not in reason

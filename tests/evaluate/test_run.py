@@ -236,5 +236,5 @@ def test_a_gan_has_a_likelihood_by_windows(trained, monkeypatch):
     number, facts = report["numbers"]["parzen log-likelihood (nats)"], report["protocol"]
     assert number["low"] <= number["value"] <= number["high"] and (facts["windows"], facts["pictures"]) == (32, 4)
     assert facts["width"] in [round(float(w), 4) for w in parzen.WIDTHS]
-    with pytest.raises(UsageError, match="^--steps "):
+    with pytest.raises(UsageError, match="^--steps: "):
         evaluate(trained("gan"), split="all", count=4, steps=6, device="cpu", likelihood=True)

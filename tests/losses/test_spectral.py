@@ -24,6 +24,14 @@ def test_filters_are_triangles_that_share_every_bin_between_two():
     assert (filters.argmax(1).diff() > 0).all()
 
 
+def test_filters_first_made_while_sampling_serve_training():
+    with torch.inference_mode():
+        mel_filters(7000, 256, 9)                                       # a kind that no other test asks for
+    x = noise(1, 1, 512).requires_grad_()
+    mel_distance(x, noise(1, 1, 512, seed=1), 7000, exponents=(8,), bands=9).backward()
+    assert x.grad.abs().sum() > 0
+
+
 def test_filters_lie_where_the_mel_scale_says():
     """HTK: 1000 Hz are 1000 mel; the peaks are as far apart in mel."""
     filters = mel_filters(16_000, 16_384, 40)

@@ -6,6 +6,7 @@ import torch
 
 from nexus import api, checkpoint
 from nexus.errors import ModelError, UsageError
+from nexus.images import read_image
 from nexus.process.control import hint_of
 from nexus.requests import SampleRequest
 from nexus.train.start import train
@@ -59,6 +60,8 @@ def test_a_control_picture_steers_and_the_model_is_as_before(made):
     assert np.abs(steered - plain).max() > 0
     assert np.abs(pictures(system, control_scale=0, **steer) - plain).max() <= 1
     assert (pictures(system) == plain).all()
+    beside = pictures(system, image=hint, outpaint="8,0,0,0", **steer)     # the hint covers the run's own size
+    assert beside.shape[-2] == read_image(hint).shape[1] + 8
     own = checkpoint.load(str(made / "control"), device="cpu")
     assert np.abs(pictures(own, control_image=hint) - steered).max() <= 1
     assert np.abs(pictures(own) - plain).max() <= 1

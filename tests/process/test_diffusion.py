@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 from nexus import catalog
 from nexus.errors import InputError, UsageError
 from nexus.images import write_image
+from nexus.process.paths import DiscretePath, RectifiedPath
+from nexus.process.predictions import x0_of
 from nexus.requests import SampleRequest
 from nexus.rng import ItemNoise
 
@@ -50,6 +52,19 @@ def test_an_item_depends_on_its_seed_and_not_on_its_batch(name, preset):
     alone = made(built, seeds=(4,), prompt=prompt)
     assert (whole[1] - alone[0]).abs().max() <= 2 / 255
     assert not torch.equal(whole[0], whole[1])
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
+def test_min_snr_weighs_the_error_of_x0(prediction):
+    """min(SNR, gamma) |x0 error|^2, whatever is predicted. Hang et al. 2023, section 3.4."""
+    path = RectifiedPath() if prediction == "flow" else DiscretePath()
+    built = system("conditional", "tiny", path=path, prediction=prediction, min_snr=5.0)
+    t = torch.tensor([0.1, 0.4, 0.9], dtype=torch.float64) * (1 if prediction == "flow" else 1000)
+    x, said, meant = torch.randn(3, 3, 3, 2, 2, dtype=torch.float64)
+    error = [x0_of(path, prediction, out, x, t) for out in (said, meant)]
+    alpha, sigma = path.at(t)
+    want = (alpha / sigma).square().clamp(max=5) * (error[0] - error[1]).square().flatten(1).mean(1)
+    torch.testing.assert_close(built._weight(t) * (said - meant).square().flatten(1).mean(1), want)
 
 
 def test_guidance_1_is_the_condition_alone_and_0_the_null():

@@ -1,5 +1,6 @@
 """Prompts and labels as conditions."""
 
+import pytest
 import torch
 
 from nexus.text.conditioner import LabelCondConfig, TextCondConfig, dropped, joined
@@ -20,6 +21,17 @@ def test_the_null_of_a_label_is_the_id_after_the_last():
     cond, notes = conditioner.prompts(["cat", None, "red apple, noto style"], CPU)
     assert cond["label"].tolist() == [1, 2, 0] and cond["style"].tolist() == [1, 2, 0]
     assert notes[1] == {} and notes[0] == {"class": "cat", "exact": True, "style": "flat"}
+
+
+@pytest.mark.parametrize("styles", [(), ("flat", "3d")])
+def test_a_default_style_that_the_data_lack_is_none(styles):
+    """The embedded models' default is one of the emoji's styles; whoever trains on other pictures has none of them."""
+    labels = LabelCondConfig.parse(LabelCondConfig.presets["emoji"]).adapt(("cat", "dog"), styles).build()
+    cond, notes = labels.prompts(["dog"], CPU)
+    assert cond["label"].tolist() == [1] and notes[0]["class"] == "dog" and "style" not in notes[0]
+    assert not styles or cond["style"].tolist() == [len(styles)]
+    words = TextCondConfig(encoder=ENCODER, default_style="noto").adapt(("cat", "dog"), styles).build().eval()
+    assert words.prompts(["dog"], CPU)[1][0] == {"caption": "dog"}
 
 
 def test_a_caption_is_the_same_alone_and_in_a_batch():

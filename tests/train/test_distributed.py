@@ -12,9 +12,10 @@ from nexus.checkpoint import read_tensors
 LAST = "step-0000004"
 
 
-def trained(data: Path, run: Path, sharding: str, steps: int, system: str = "dit") -> dict[str, torch.Tensor]:
+def trained(data: Path, run: Path, sharding: str, steps: int, system: str = "dit",
+            preset: str = "tiny") -> dict[str, torch.Tensor]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "--",
-               "nexus_cli", "train", system, "--preset", "tiny", "--data", str(data), "--run", str(run),
+               "nexus_cli", "train", system, "--preset", preset, "--data", str(data), "--run", str(run),
                "--steps", str(steps), "--save-every", "2", "--set", f"train.sharding={sharding}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -31,6 +32,13 @@ def test_both_kinds_take_the_same_steps_and_resume(pictures, tmp_path):
         resumed = trained(pictures, run, sharding, 4)
         assert (run / LAST).is_dir()
         assert max((resumed[n] - t).abs().max().item() for n, t in uncut.items()) <= (0 if sharding == "ddp" else 1e-6)
+
+
+def test_what_is_cut_and_what_is_whole_are_clipped_together(pictures, tmp_path):
+    """A network over both ranks and a text encoder on each."""
+    ddp, fsdp = (trained(pictures, tmp_path / kind, kind, 2, "conditional", "tiny-text") for kind in ("ddp", "fsdp2"))
+    assert any(name.startswith("conditioner.") for name in ddp)
+    assert max((fsdp[n] - t).abs().max().item() for n, t in ddp.items()) <= 1e-6
 
 
 def test_what_each_rank_keeps_for_itself_is_resumed_by_it(pictures, tmp_path):

@@ -29,6 +29,8 @@ class SkippingPath(DiscretePath):
 
     points: int = Field(50, ge=1)
 
+    _coarser = not_above("points", "steps")
+
     @property
     def skip(self) -> int:
         """k: indices between two points of the solver's grid."""

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from nexus.codecs.kl_image import KLConfig
-from nexus.errors import InputError, ModelError
+from nexus.errors import InputError
 from nexus.losses import lpips
 from nexus.losses.perceptual import edge_distance
 from nexus.models.diffusion.dit import DiTConfig, DiTNetConfig
@@ -24,7 +24,7 @@ from nexus.models.diffusion.ncsnpp import NCSNppConfig
 from nexus.models.diffusion.unet import UNetConfig
 from nexus.process import coupling, pairs, rectified, samplers
 from nexus.process.codec import SHARED_CODEC
-from nexus.process.diffusion import Diffusion, DiffusionConfig, Run
+from nexus.process.diffusion import Diffusion, DiffusionConfig, Run, check_teacher
 from nexus.process.paths import DiscretePath, RectifiedPath
 from nexus.process.predictions import noised, over, target
 from nexus.process.rectified import InstaFlowPath, StraightPath
@@ -149,16 +149,7 @@ class RectifiedFlow(Diffusion):
         """Keep the teacher's system; ModelError when what it makes is not what this one denoises."""
         if part != "teacher":
             return
-        if not isinstance(system, Diffusion):
-            raise ModelError(f"the teacher {self.config.teacher} is no diffusion or flow model",
-                             hint="a system such as flow, rectified-flow, dit or ddpm")
-        mine, its = self.config, system.config
-        if its.latent_shape != mine.latent_shape:
-            raise ModelError(f"the teacher makes {its.latent_shape}, this model {mine.latent_shape}",
-                             hint="choose another teacher, or its size and codec")
-        names = getattr(its.conditioner, "classes", None)
-        if names and names != getattr(mine.conditioner, "classes", None):
-            raise ModelError("the teacher has other classes than the data set", hint="use the set it was trained on")
+        check_teacher(system, self.config)
         self._source = (system,)        # in a tuple: its network is the submodule `teacher`, the rest has no weights
 
     # --- data -------------------------------------------------------------------------------------------------------
