@@ -22,8 +22,8 @@ from nexus.errors import InputError, ModelError, UsageError
 CONFIG_LIMIT = 10_000_000
 # Where training scripts put the weights, averaged ones first: those are what papers report.
 AVERAGED = ("ema", "ema_model", "model_ema", "ema_state_dict", "params_ema")
-WRAPPERS = (*AVERAGED, "best_state", "state_dict", "model_state_dict", "model", "params", "net", "module",
-            "_orig_mod")
+WRAPPERS = (*AVERAGED, "best_state", "state_dict", "model_state_dict", "model", "diffusion_model", "params", "net",
+            "module", "_orig_mod")
 COMPONENTS = ("transformer", "unet", "prior", "vae", "vqvae")
 MAX_WRAPPERS = 3
 
@@ -92,14 +92,21 @@ def _read_folder(folder: Path, temporary: Path) -> Source:
     return Source(folder, tensors, config)
 
 
+def index_of(folder: Path) -> Path | None:
+    """The index of a folder's shards, that of full precision first: x.safetensors.index.fp16.json has less."""
+    for pattern in ("*.safetensors.index*.json", "*.bin.index*.json"):
+        if found := sorted(folder.glob(pattern), key=lambda p: (p.name.count("."), p.name)):
+            return found[0]
+    return None
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    for pattern in ("*.safetensors.index.json", "*.bin.index.json"):
-        if found := sorted(folder.glob(pattern)):
-            listed = json_of(found[0]).get("weight_map")
-            names = sorted(set(listed.values())) if isinstance(listed, dict) else []
-            if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
-                raise ModelError(f"{found[0]}: its weight_map does not list files of this folder")
-            return [folder / name for name in names]
+    if index := index_of(folder):
+        listed = json_of(index).get("weight_map")
+        names = sorted(set(listed.values())) if isinstance(listed, dict) else []
+        if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+            raise ModelError(f"{index}: its weight_map does not list files of this folder")
+        return [folder / name for name in names]
     for suffix in (".safetensors", *SUFFIXES):
         found = sorted(folder.glob(f"*{suffix}"), key=lambda p: (p.name.count("."), p.name))
         # x.fp16.safetensors beside x.safetensors is the same model with less precision.
@@ -184,7 +191,7 @@ def detect(sources: list[Source], read_as: str | None = None) -> Found:
     Raises ModelError saying what was tried, and UsageError for a name that no layout has.
     """
     layouts = tuple(layout for layout in every_layout() if layout.auto) if read_as is None else _named(read_as)
-    for source in sources:
+    for source in sources[:1]:                          # of a pipeline its network, never the codec in its place
         for prefix in _prefixes(list(source.tensors)):
             inner = Source(source.path, _below(source.tensors, prefix), source.config)
             shapes = inner.shapes

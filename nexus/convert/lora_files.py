@@ -119,12 +119,12 @@ def _scale(said: dict, part: str, name: str, rank: int, alpha: float | None) -> 
     of = {key.removeprefix(p): value for p in prefixes for key, value in said.items() if key.startswith(p)}
     try:
         if alpha is None:
-            patterns = dict(of.get("alpha_pattern") or {})
-            named = next((v for k, v in patterns.items() if name == k or name.endswith("." + k)), None)
+            patterns = dict(of.get("alpha_pattern") or {})          # PEFT's rule: expressions, of a name's end
+            named = next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name)), None)
             alpha = of.get("lora_alpha", rank) if named is None else named
         scale = float(alpha) / (math.sqrt(rank) if of.get("use_rslora") else rank)
-    except (TypeError, ValueError):
-        raise ModelError(f"the alpha of {name} is not a number") from None
+    except (TypeError, ValueError, re.error):
+        raise ModelError(f"the alpha of {name} is not a number, or its pattern no expression") from None
     if not math.isfinite(scale):
         raise ModelError(f"the alpha of {name} is {alpha}")
     return scale

@@ -80,6 +80,9 @@ def write_run(run: Path, dst: Path, form: str, *, exists: str = "error") -> Repo
     described, system = checkpoint.read_description(run), checkpoint.skeleton(run)
     adapter: Adapter = system.adapter
     state = checkpoint.read_weights(run, system)
+    if form == "kohya" and adapter.prefix != "unet":        # who reads it looks for SD3's and FLUX's original names
+        raise UsageError("kohya's layout names the layers of a UNet, and this network is a transformer",
+                         hint="--to diffusers or peft")
     updates = adapter.updates(state)
     data = file_of(updates, form, prefix=adapter.prefix)
     if not folder:

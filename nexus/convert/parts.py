@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from nexus.codecs.kl_image import KLConfig
 from nexus.config import Config
 from nexus.convert import stream
-from nexus.convert.detect import json_of, opened
+from nexus.convert.detect import index_of, json_of, opened
 from nexus.convert.export import FORMAT, as_json
 from nexus.convert.layout import Layout
 from nexus.convert.pieces import Piece, tensors_of
@@ -60,8 +60,8 @@ def encoder_files(folder: Path, name: str, stack: ExitStack, scratch: Path | Non
         return files | below(name, stream.weights(WEIGHTS.removesuffix(".safetensors"), tensors_of(source), FORMAT))
     if len(weights) == 1:
         return files | {f"{name}/{WEIGHTS}": weights[0]}
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    return files | {f"{name}/{file.name}": file for file in (*weights, *indexes[:1])}
+    index = index_of(folder)            # under the one name that is looked for without a variant
+    return files | {f"{name}/{file.name}": file for file in weights} | {f"{name}/{WEIGHTS}.index.json": index}
 
 
 def below(name: str, files: dict[str, Payload]) -> dict[str, Payload]:

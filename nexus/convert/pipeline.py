@@ -123,7 +123,7 @@ def _export(src: Path, path: Path, name: str, target: Target, to: str, check: bo
                 return report
             fill(target, files)
         else:
-            needed = single.WRITTEN[name].encoders
+            needed = single.WRITTEN[name].encoders and facts.get("words", True)     # as the file was that was read
             encoders = _encoders(config, pipelines.KINDS[name], base) if needed else []
             made = single.write(name, config, model.state, encoders, facts, base, target, stack)
             if check:

@@ -1,5 +1,6 @@
 """The shape that DDPM, DiT, Stable Diffusion, FLUX, PixArt and flow matching share: a network on a path."""
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -282,7 +283,11 @@ class Diffusion(nn.Module):
             return Run(noise, points, scale * drawn, None, None, known and (known.mask, known.picture), concat)
         x0 = self.encode(known.picture)
         usual = DEFAULT_STRENGTH if known.mask is None else 1.0     # a hole is filled from pure noise
-        points = self._tail(points, usual if request.strength is None else request.strength)
+        strength = usual if request.strength is None else request.strength
+        points = self._tail(points, strength)
+        if strength > 0 and points.steps == 0:
+            raise UsageError(f"--strength {strength:g} of {steps} steps is less than one step: nothing would change",
+                             hint=f"--steps {math.ceil(1 / strength)} or more, or a greater --strength")
         start = self._start(points, x0, drawn, known.mask is not None)
         if known.mask is None or concat is not None:        # a network that sees the mask needs no help at each step
             pixels = None if known.mask is None else (known.mask, known.picture)

@@ -47,9 +47,9 @@ def grid(path, times: Tensor, *, to_data: bool = True) -> Grid:
 def tail(grid: Grid, strength: float) -> Grid:
     """The last `strength` (0 to 1) of a run's steps, for a run that starts from a noised picture (SDEdit).
 
-    Strength 0 leaves the data point alone: a run of no steps.
+    A part of a step is none, as in diffusers. Strength 0 leaves the data point alone: a run of no steps.
     """
-    start = grid.steps - round(grid.steps * min(max(strength, 0.0), 1.0))
+    start = grid.steps - int(grid.steps * min(max(strength, 0.0), 1.0))
     return Grid(grid.t[start:], grid.alpha[start:], grid.sigma[start:], grid.path)
 
 

@@ -65,7 +65,8 @@ def test_a_folder_gives_its_configuration(tmp_path):
     assert_same(state, state_of("diffusers"))
 
 
-def test_shards_are_joined(tmp_path):
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_shards_are_joined(variant, tmp_path):
     path, state = folder(tmp_path / "x"), state_of("diffusers")
     whole = path / LAYOUTS["diffusers"].file
     whole.unlink()
@@ -74,7 +75,7 @@ def test_shards_are_joined(tmp_path):
     for name, part in halves.items():
         save_file({key: state[key] for key in part}, path / name)
     index = {"weight_map": {key: name for name, part in halves.items() for key in part}}
-    (path / f"{whole.name}.index.json").write_text(json.dumps(index))
+    (path / f"{whole.name}.index{variant}.json").write_text(json.dumps(index))
     assert_same(found(path)[1], state)
     (path / "m-2.safetensors").unlink()
     with pytest.raises(ModelError, match=r"m-2\.safetensors is missing"):

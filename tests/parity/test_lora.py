@@ -174,6 +174,18 @@ def test_files_of_diffusers_are_read(kind, tmp_path):
     assert all(torch.equal(t, before[n]) for n, t in system.net.state_dict().items())
 
 
+def test_patterns_of_alpha_are_peft_expressions():
+    from peft.utils.other import get_pattern_key
+    patterns = {"^blocks.0.attn.to_v": 3, r"blocks\.[1-3]\.ff": 5, "to_q": 7, "attn.to_out.0": 11, "^to_k": 13}
+    names = [f"{start}blocks.{i}.{end}" for start in ("", "transformer_") for i in range(4)
+             for end in ("attn.to_v", "attn.to_q", "attn.to_k", "attn.to_out.0", "ff")]
+    said = {"lora_alpha": 2, "alpha_pattern": patterns}
+    ours = [lora_files._scale(said, "", name, 4, None) for name in names]
+    assert ours == [patterns.get(get_pattern_key(patterns, name), 2) / 4 for name in names] and len(set(ours)) == 5
+    with pytest.raises(ModelError, match="no expression"):
+        lora_files._scale({"alpha_pattern": {"(": 1}}, "", "to_q", 4, None)
+
+
 @pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("targets", ["attn", "all"])
 def test_files_written_here_are_read_by_diffusers(kind, targets, tmp_path):

@@ -113,6 +113,8 @@ def test_strength_0_returns_the_picture_and_1_forgets_it(picture):
     path, pixels = picture
     built = system("ddpm")
     torch.testing.assert_close(made(built, image=path, strength=0.0)[0], pixels)
+    with pytest.raises(UsageError, match="less than one step"):
+        made(built, image=path, strength=0.04, steps=10)
     other = made(built, image=path, strength=1.0, sampler="ddim")
     # the chain's noisiest point still has alpha = 0.006 of the picture in it
     assert (other - made(built, sampler="ddim")).abs().mean() < 0.2

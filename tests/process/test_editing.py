@@ -52,7 +52,7 @@ def test_an_edit_starts_at_the_lines_point_and_follows_the_exact_flow(name, stre
     built.net = Exact(built.net, path)
     image = picture()[0]
     points = path.times(400, schedule="native", shape=built.config.latent_shape)
-    first = points[len(points) - round(len(points) * strength)].item()
+    first = points[len(points) - int(len(points) * strength)].item()
     ends = []
     built.decode = lambda z: ends.append(z) or torch.zeros(len(z), 3, 16, 16)
     built.encode, latent = encoded(built)

@@ -298,6 +298,7 @@ def test_tail_and_intervals():
     assert tail(g, 1.0).steps == 10
     assert tail(g, 0.3).steps == 3
     assert tail(g, 0.3).t.tolist() == g.t[7:].tolist()
+    assert tail(g, 0.39).steps == 3 and tail(g, 0.09).steps == 0           # a part of a step is none, as in diffusers
     steps = list(intervals(g))
     assert [s.index for s in steps] == list(range(10))
     assert (steps[-1].a1, steps[-1].s1) == (1.0, 0.0)

@@ -161,6 +161,14 @@ def test_merging_makes_a_model_and_layouts_are_written(data, bases, tmp_path):
         go("sd", data, run, tmp_path / "again")
 
 
+def test_a_transformers_lora_has_no_kohya_names(data, bases, tmp_path):
+    go("mmdit", data, bases("mmdit"), tmp_path / "run")
+    step = lora_merge.run_of(tmp_path / "run")
+    with pytest.raises(UsageError, match="is a transformer"):
+        lora_merge.write_run(step, tmp_path / "k.safetensors", "kohya")
+    lora_merge.write_run(step, tmp_path / "d.safetensors", "diffusers")
+
+
 def test_what_cannot_go_on_says_so(data, bases, tmp_path):
     base, run = tmp_path / "base", tmp_path / "run"
     shutil.copytree(bases("sd"), base)

@@ -4,8 +4,8 @@ from importlib import import_module
 
 from nexus.convert.layout import Layout
 
-MODULES = ("consistency", "lcm", "unet", "classifier", "dit", "mmdit", "kl_image", "pixart", "ncsnpp", "dit_llama",
-           "controlnet", "cyclegan", "dcgan", "encodec", "musicgen")
+MODULES = ("consistency", "lcm", "sd", "unet", "classifier", "dit", "mmdit", "kl_image", "pixart", "ncsnpp",
+           "dit_llama", "controlnet", "cyclegan", "dcgan", "encodec", "musicgen")
 
 
 def every_layout() -> tuple[Layout, ...]:

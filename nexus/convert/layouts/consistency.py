@@ -4,10 +4,14 @@ Only consistency models' files hold q, k, v as 2-D convolutions; a diffusers UNe
 the picture's size or the noise levels: those of the published models are taken.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from nexus.convert.layout import Layout, Shapes
 from nexus.convert.layouts import unet_diffusers, unet_openai
 from nexus.convert.layouts.labels import numbered
 from nexus.convert.layouts.unet import CONSISTENCY
+from nexus.errors import ModelError
 
 
 def _openai_matches(shapes: Shapes, foreign: dict | None) -> bool:
@@ -31,9 +35,19 @@ def _diffusers_config(shapes: Shapes, foreign: dict | None) -> dict:
     return _config(net, (foreign or {}).get("sample_size") or (64 if "num_classes" in net else 256))
 
 
+def _unet(of: Callable[[dict], Any]) -> Callable[[dict], Any]:
+    """What is `of` a UNet; ModelError for a model that was distilled from one on another path, or is a transformer."""
+    def checked(config: dict) -> Any:
+        if "channels" not in config["net"] or config.get("path", {}).get("native"):
+            raise ModelError("public consistency models are UNets that are told their own noise levels, this one's "
+                             "network speaks of another path", hint="it stays a model of nexus")
+        return of(config)
+    return checked
+
+
 LAYOUTS = (
-    Layout("openai", "consistency", "net", _openai_matches, _openai_config, CONSISTENCY,
+    Layout("openai", "consistency", "net", _openai_matches, _openai_config, _unet(CONSISTENCY),
            unsaid=lambda shapes, foreign: ("size", *unet_openai.unsaid(shapes))),
-    Layout("diffusers", "consistency", "net", _diffusers_matches, _diffusers_config, unet_diffusers.table,
-           unet_diffusers.foreign_config),
+    Layout("diffusers", "consistency", "net", _diffusers_matches, _diffusers_config, _unet(unet_diffusers.table),
+           _unet(unet_diffusers.foreign_config)),
 )

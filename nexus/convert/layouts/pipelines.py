@@ -15,7 +15,7 @@ from nexus.convert.convert import settle
 from nexus.convert.detect import Found, Source, json_of, opened
 from nexus.convert.export import Target, as_json, weights
 from nexus.convert.layout import Layout
-from nexus.convert.layouts import consistency, dit, kl_image, lcm, mmdit, pixart, schedulers, unet, unet_diffusers
+from nexus.convert.layouts import consistency, dit, kl_image, lcm, mmdit, pixart, schedulers, sd, unet, unet_diffusers
 from nexus.convert.parts import (
     HOME,
     Whole,
@@ -68,7 +68,7 @@ def _unet_config(shapes, said: dict | None) -> dict:
 def _diffused(index: dict, net: Config) -> dict:
     """Stable Diffusion's: what no prompt is, and the masks that an inpainting network sees."""
     xl = index["_class_name"].startswith("StableDiffusionXL")
-    return {"guidance": 5.0 if xl else 7.5, "concat": inpainting(net),
+    return {"guidance": 5.0 if xl else 7.5, "concat": sd.inpainting(net),
             "conditioner": {"null": "zeros" if index.get("force_zeros_for_empty_prompt") else "empty"}}
 
 
@@ -88,13 +88,7 @@ def _labelled(index: dict, net: Config) -> dict:
             "conditioner": {"kind": "label", "classes": list(names)}}
 
 
-def inpainting(net: Config) -> dict | None:
-    """What a network that takes a mask and a picture beside its own channels is conditioned on."""
-    return {"kind": "inpaint"} if net.in_channels == 2 * net.out_channels + 1 else None
-
-
-UNET = Layout("diffusers", "sd", "net", lambda shapes, said: unet_diffusers.matches(shapes, words=True), _unet_config,
-              unet_diffusers.table, unet_diffusers.foreign_config)
+UNET = named(sd.LAYOUTS, "diffusers")._replace(config=_unet_config)
 MMDIT = named(mmdit.LAYOUTS, "diffusers")
 PICTURES = ("feature_extractor", "image_encoder")
 PIXELS = Kind("ddpm", "unet", named(unet.LAYOUTS, "diffusers"), schedulers.DISCRETE, codec="",
@@ -120,11 +114,22 @@ KINDS = {f"{base}{way}Pipeline": kind for base, kind in (("StableDiffusion", SD)
     "RectifiedFlowPipeline": INSTAFLOW, "InstaFlowPipeline": INSTAFLOW,
     "DDPMPipeline": PIXELS, "DDIMPipeline": PIXELS, "LDMPipeline": PIXELS._replace(codec="vqvae"),
 }
+# Classes that use such a model otherwise, or with another one beside it, which is left alone; they are written as this.
+BASES = {f"{base}{way}Pipeline": f"{base}Pipeline"
+         for base in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "LatentConsistencyModel")
+         for way in ("Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint", "PAG", "PAGImg2Img",
+                     "PAGInpaint") if f"{base}{way}Pipeline" not in KINDS}
 
 
 def kind_of(src: Path) -> Kind | None:
     """What pipeline the folder is; None for one that is not known."""
-    return KINDS.get(str(json_of(src / MANIFEST).get("_class_name"))) if (src / MANIFEST).is_file() else None
+    return KINDS.get(_class_of(json_of(src / MANIFEST))) if (src / MANIFEST).is_file() else None
+
+
+def _class_of(index: dict) -> str:
+    """The class that model_index.json names, or the one that it is a variety of."""
+    name = str(index.get("_class_name"))
+    return BASES.get(name, name)
 
 
 def read(src: Path, stack: ExitStack, scratch: Path | None, overrides: list[str]) -> Whole:
@@ -133,14 +138,15 @@ def read(src: Path, stack: ExitStack, scratch: Path | None, overrides: list[str]
     stack: keeps the copies of pickled weights alive.
     """
     index = json_of(src / MANIFEST)
-    kind, scheduler = KINDS[index["_class_name"]], _scheduler(src)
+    name, scheduler = _class_of(index), _scheduler(src)
+    kind = KINDS[name]
     said = json_of(scheduler)
     source, = stack.enter_context(opened(src / kind.folder if (src / kind.folder).is_dir() else src, scratch))
     layout = next((one for one in kind.layouts if one.matches(source.shapes, source.config)), None)
     if layout is None:
         raise ModelError(f"{src} holds no {index['_class_name']}: its {kind.folder} is of another kind")
     config, assumed = settle(Found(layout, source, ()), [text for text in overrides if text.startswith("net.")])
-    pieces, facts = [], {"pipeline": index["_class_name"], "net": layout.name}
+    pieces, facts = [], {"pipeline": name, "net": layout.name}
     data, net = config.to_json(), config.net
     if kind.codec:
         vae, = stack.enter_context(opened(src / kind.codec, scratch))

@@ -24,7 +24,7 @@ from nexus.convert.detect import Found, Source, json_of, opened
 from nexus.convert.export import FORMAT, Target, as_json
 from nexus.convert.layout import Layout
 from nexus.convert.layouts import clip_text, kl_image, mmdit, t5_text, unet_openai
-from nexus.convert.layouts.pipelines import inpainting
+from nexus.convert.layouts.sd import TABLE, inpainting
 from nexus.convert.parts import (
     HOME,
     WEIGHTS,
@@ -57,7 +57,6 @@ USED = (*FOUND, *(f"net.{name}" for name in HEADS))             # settings that 
 LOSS = ("first_stage_model.loss.*",)
 EXTRA_FILE = f"{HOME}/extra.safetensors"
 TOKENIZERS = {"tokenizer": "openai/clip-vit-large-patch14", "t5_tokenizer": "google/t5-v1_1-xxl"}
-TABLE = partial(unet_openai.table, qkv_op="conv1d_to_linear", by_head=False)
 MARKS = (b"model.diffusion_model.", b"first_stage_model.")
 FLUX = "double_blocks.0.img_attn.qkv.weight"
 L, H, T5 = "openai", "openclip", "t5"
@@ -100,7 +99,10 @@ def given(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def kind_of(keys, path: Path, said: dict[str, str]) -> str | None:
-    """The recipe of a whole model's file by its keys: those of a network, a codec and text encoders; or None."""
+    """The recipe of a whole model's file by its keys: those of a network, a codec and text encoders; or None.
+
+    SD3 is published without its text encoders too.
+    """
     if FLUX in keys:
         return "flux" if _codec_path(path, said) else None
     nets = {"sd3": f"{NET}joint_blocks.0.x_block.attn.qkv.weight"}
@@ -108,7 +110,7 @@ def kind_of(keys, path: Path, said: dict[str, str]) -> str | None:
         return None
     for name, one in FILES.items():
         first = nets.get(name, f"{NET}input_blocks.0.0.weight")
-        if one.words and first in keys and any(k.startswith(one.words[0][0]) for k in keys):
+        if one.words and first in keys and (name == "sd3" or any(k.startswith(one.words[0][0]) for k in keys)):
             return "lcm" if name == "sd" and f"{NET}time_embed.cond_proj.weight" in keys else name
     return None
 
@@ -148,18 +150,23 @@ def read(source: Source, said: dict[str, str], stack: ExitStack, scratch: Path |
     picture = _picture(below(source, FIRST), base.codec.net, side)
     net = fitted(net, picture)
     config = base.to_json() | {"net": net.to_json(), "codec": {"net": picture.to_json()}, "size": side or base.size}
-    config["conditioner"] |= {"encoders": [f"./{HOME}"]}
     if one.net.system == "sd":
         config |= {"prediction": "v" if "v_pred" in extra.tensors else base.prediction, "concat": inpainting(net)}
         config["path"] |= {"zero_terminal_snr": "ztsnr" in extra.tensors}
         assumed |= {} if "prediction" in said else {"prediction": config["prediction"]}
     used = (NET, FIRST, EMA, *(prefix for prefix, _, _ in one.words))
     problems = tuple(f"{k} has no place in this layout" for k in sorted(source.tensors) if not k.startswith(used))
-    files, made = _text_files(source, one, said)
+    if inside := any(k.startswith(one.words[0][0]) for k in source.tensors):
+        files, made = _text_files(source, one, said)
+        config["conditioner"] |= {"encoders": [f"./{HOME}"]}
+    else:
+        (files, words, note), made = _encoders_of(said, recipe, stack, scratch), []
+        config["conditioner"] |= words
+        notes += note
     if extra.tensors:
         files[EXTRA_FILE] = partial(stream.write_tensors, tensors=tensors_of(extra), metadata=FORMAT)
     pieces = _pieces(one.net, net, tensors, picture, below(source, FIRST))
-    facts = {"pipeline": one.pipeline} | ({"made": made} if made else {})
+    facts = {"pipeline": one.pipeline, "words": inside} | ({"made": made} if made else {})
     return Whole(one.net.system, "original", config, pieces, files, facts, tuple(sorted(loss.tensors)), assumed,
                  notes, problems)
 
@@ -208,19 +215,26 @@ def _flux(source: Source, said: dict[str, str], stack: ExitStack, scratch: Path 
     config, assumed = settle(Found(one.net, source, ()), [f"{k}={v}" for k, v in said.items() if k.startswith("net.")])
     picture = KLConfig.parse(CODEC.config(codec.shapes, None)["net"])
     picture = picture.model_copy(update={"size": LATENT * picture.factor})
-    files: dict[str, Payload] = {}
-    notes = (f"took the codec {path}",)
     data = config.to_json() | {"codec": {"net": picture.to_json()}}
-    if "encoders" in said:
-        data["conditioner"] |= {"encoders": [f"./{HOME}"]}
-        found = places((said["encoders"],), len(RECIPES["flux"].kinds))
-        for end, place in zip(("", "_2"), found, strict=True):
+    files, words, note = _encoders_of(said, "flux", stack, scratch)
+    data["conditioner"] |= words
+    return Whole("mmdit", "original", data, _pieces(one.net, config.net, source, picture, codec), files,
+                 {"pipeline": one.pipeline}, assumed=assumed, notes=(f"took the codec {path}", *note))
+
+
+def _encoders_of(said: dict[str, str], recipe: str, stack: ExitStack,
+                 scratch: Path | None) -> tuple[dict[str, Payload], dict, tuple[str, ...]]:
+    """Text encoders of a pipeline's folder, if one is given: their files, the conditioner's setting, what to note."""
+    if "encoders" not in said:
+        return {}, {}, ("it has no text encoders: give a pipeline's folder with --set encoders=FOLDER",)
+    files: dict[str, Payload] = {}
+    needed = RECIPES[recipe]
+    for i, place in enumerate(places((said["encoders"],), len(needed.kinds), optional=needed.optional)):
+        end = f"_{i + 1}" if i else ""
+        if place is not None:
             files |= encoder_files(place.encoder, f"{HOME}/text_encoder{end}", stack, scratch)
             files |= tokenizer_files(place.tokenizer, f"{HOME}/tokenizer{end}")
-    else:
-        notes += ("it has no text encoders: give a pipeline's folder with --set encoders=FOLDER",)
-    return Whole("mmdit", "original", data, _pieces(one.net, config.net, source, picture, codec), files,
-                 {"pipeline": one.pipeline}, assumed=assumed, notes=notes)
+    return files, {"encoders": [f"./{HOME}"]}, ()
 
 
 def _text_files(source: Source, one: Single, said: dict[str, str]) -> tuple[dict[str, Payload], list[str]]:
