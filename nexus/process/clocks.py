@@ -1,6 +1,7 @@
 """Arithmetic on times that every path shares: spreading them over a run, warping, drawing training times."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,14 +22,15 @@ def warp(t: Tensor, shift: float) -> Tensor:
     return shift * t / (shift * t + (1 - t))        # written so that 1 stays 1 exactly
 
 
-def spaced(path, steps: int, schedule: str, *, rho: float = 7.0) -> Tensor:
+def spaced(path, steps: int, schedule: str, *, rho: float = 7.0, ends: Sequence[float] | None = None) -> Tensor:
     """Times [steps] float64, noisy first, from path's noisiest time; UsageError for an unknown schedule.
 
     linear: evenly in t. shifted: linear, warped by the path's shift, or 3 (SD3's) where it has none.
     karras: evenly in (sigma/alpha)^(1/rho) (Karras et al. 2022, eq. 5). log-snr and exponential are one thing under
     two names: evenly in log(alpha/sigma) (Lu et al. 2022), a geometric series of sigma/alpha (k-diffusion).
+    ends: its noisiest and cleanest time, None = the path's.
     """
-    noise, data = path.ends()
+    noise, data = ends or path.ends()
     if schedule == "linear":
         return path.uniform(steps)
     if schedule == "shifted":

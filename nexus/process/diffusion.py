@@ -278,8 +278,8 @@ class Diffusion(nn.Module):
         concat, known = (None, read_known(request, shape, c, device)) if c.concat is None else \
             c.concat.given(request, shape, self, noise, len(seeds), device)
         if known is None or (concat is not None and request.strength in (None, 1)):
-            # A chain is published with samplers that begin at plain noise, though its last sigma is a little less.
-            scale = 1.0 if isinstance(c.path, DiscretePath) else float(points.sigma[0])
+            first = float(points.sigma[0])
+            scale = c.path.start(first) if isinstance(c.path, DiscretePath) else first
             return Run(noise, points, scale * drawn, None, None, known and (known.mask, known.picture), concat)
         x0 = self.encode(known.picture)
         usual = DEFAULT_STRENGTH if known.mask is None else 1.0     # a hole is filled from pure noise

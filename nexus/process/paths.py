@@ -30,6 +30,8 @@ class DiscretePath(Config):
 
     snr_shift > 1 lowers the SNR everywhere (CogVideoX); zero_terminal_snr makes the last index pure noise
     (Lin et al. 2023); spacing, offset and open_end say which indices a shorter run visits.
+    in_sigma: as diffusers' Euler, Heun and LMS have it, who think in sigma/alpha: "linspace" keeps its fractions,
+    other schedules lie between the ends of the native one, and a run that is not "leading" begins at sigma times noise.
     """
 
     presets: ClassVar[dict[str, dict]] = {
@@ -48,6 +50,7 @@ class DiscretePath(Config):
     offset: int = Field(0, ge=0)                    # added to "leading" indices; 1 for Stable Diffusion
     open_end: bool = False                          # spaced for one step more, without the cleanest index (diffusers'
                                                     # multistep solvers); "trailing" ends above 0 anyway
+    in_sigma: bool = False
     ends_at_first: bool = False                     # ddim, pndm and sa-solver stop at index 0, not at the data
 
     def alpha_bar(self) -> Tensor:
@@ -93,7 +96,8 @@ class DiscretePath(Config):
     def times(self, steps: int, *, schedule: str = "native", shape=None) -> Tensor:
         """The indices of a run; UsageError when native spacing is asked for more of them than there are."""
         if schedule != "native":
-            return clocks.spaced(self, steps, schedule)
+            ends = self.times(steps)[[0, -1]].tolist() if self.in_sigma and steps > 1 else None
+            return clocks.spaced(self, steps, schedule, ends=ends)
         points = steps + (self.open_end and self.spacing != "trailing")
         if points > self.steps:
             raise UsageError(f"{steps} steps, but this model's noise chain has {self.steps - points + steps}",
@@ -104,9 +108,13 @@ class DiscretePath(Config):
             return (self.steps + i * back).round() - 1
         if self.spacing == "linspace":              # closed: = space_timesteps of Nichol & Dhariwal 2021
             even = i.flip(0) * ((self.steps - 1) / steps) if points > steps else self.uniform(steps)
-            return even.round()[:steps]
+            return even[:steps] if self.in_sigma else even.round()[:steps]
         leading = i * (self.steps // points)
         return (leading + min(self.offset, self.steps - 1 - int(leading[-1]))).flip(0)[:steps]
+
+    def start(self, sigma: float) -> float:
+        """What noise is multiplied by where a run begins: chains are published with samplers that begin at it plain."""
+        return sigma if self.in_sigma and self.spacing != "leading" else 1.0
 
     def sample_t(self, n: int, rng: torch.Generator) -> Tensor:
         return torch.randint(self.steps, (n,), generator=rng).float()

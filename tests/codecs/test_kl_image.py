@@ -27,6 +27,13 @@ def test_parameter_count_is_the_published_one(name):
     assert not list(net.buffers())
 
 
+def test_the_published_halves_of_stable_diffusions_codec():
+    with torch.device("meta"):
+        net = KLConfig.preset("sd-f8").build()
+    halves = {name: sum(p.numel() for p in part.parameters()) for name, part in net.named_children()}
+    assert (halves["encoder"], halves["decoder"]) == (34_163_592, 49_490_179) and sum(halves.values()) == 83_653_863
+
+
 @pytest.mark.parametrize("name", sorted(KLConfig.presets))
 def test_shapes_are_what_the_configuration_says(name):
     config = KLConfig.preset(name)

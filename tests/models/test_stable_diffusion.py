@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nexus import checkpoint
-from nexus.convert.layouts import clip_text
+from nexus.convert.layouts import clip_text, t5_text
 from nexus.errors import InputError
 from nexus.models.diffusion.stable_diffusion import StableDiffusionConfig
 from nexus.models.diffusion.unet import UNetConfig
@@ -80,7 +80,8 @@ def test_a_long_prompt_and_a_short_one_share_a_run(tmp_path, monkeypatch):
 def test_published_text_models_by_shape():
     """CLIP ViT-L/14 and OpenCLIP bigG as single files hold them."""
     for width, layers, inner, projection, total in (
-            (768, 12, 3072, 0, 123_060_480), (1280, 32, 5120, 1280, 694_659_840)):
+            (768, 12, 3072, 0, 123_060_480), (768, 12, 3072, 768, 123_650_304),
+            (1280, 32, 5120, 1280, 694_659_840)):
         block = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (width, width),
                  "self_attn.v_proj": (width, width), "self_attn.out_proj": (width, width),
                  "mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
@@ -95,6 +96,25 @@ def test_published_text_models_by_shape():
         if projection:
             shapes["text_projection.weight"] = (projection, width)
         assert sum(torch.Size(s).numel() for s in shapes.values()) == total
-        said = clip_text.folder_config(shapes, openclip=bool(projection))
+        said = clip_text.folder_config(shapes, openclip=width == 1280)
         assert (said["num_attention_heads"], said["num_hidden_layers"]) == (width // 64, layers)
-        assert said["hidden_act"] == ("gelu" if projection else "quick_gelu") and said["eos_token_id"] == 49407
+        assert said["hidden_act"] == ("gelu" if width == 1280 else "quick_gelu") and said["eos_token_id"] == 49407
+
+
+@pytest.mark.parametrize("width, inner, heads, middle, layers, gated, total", [
+    (4096, 4096, 64, 10_240, 24, True, 4_762_310_656), (768, 768, 12, 3072, 12, False, 109_628_544)],
+    ids=["v1.1-xxl", "base"])
+def test_published_t5_encoders_by_shape(width, inner, heads, middle, layers, gated, total):
+    """The encoder that a config.json describes, which is made of the shapes in a file, has the published size."""
+    transformers = pytest.importorskip("transformers")
+    at = "encoder.block.{}.layer."
+    shapes = {"shared.weight": (32_128, width),
+              f"{at.format(0)}0.SelfAttention.relative_attention_bias.weight": (32, heads)}
+    for i in range(layers):
+        shapes |= {f"{at.format(i)}0.SelfAttention.q.weight": (inner, width)}
+        shapes |= {f"{at.format(i)}1.DenseReluDense.{name}.weight": (middle, width)
+                   for name in (("wi_0", "wi_1") if gated else ("wi",))}
+    said = t5_text.folder_config(shapes)
+    with torch.device("meta"):
+        encoder = transformers.T5EncoderModel(transformers.T5Config(**said))
+    assert sum(p.numel() for p in encoder.parameters()) == total

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from nexus import checkpoint
 from nexus.convert.convert import convert
+from nexus.errors import ModelError
 from nexus.requests import SampleRequest
 
 diffusers = pytest.importorskip("diffusers")
@@ -58,6 +59,16 @@ def test_a_unet_in_the_original_names_alone(prefix, tmp_path):
     whole = load_file(tmp_path / "whole/model.safetensors")
     assert equal({k: t for k, t in whole.items() if k.startswith("net.")},
                  {k: t for k, t in load_file(tmp_path / "ours/model.safetensors").items() if k.startswith("net.")})
+
+
+def test_what_the_original_code_would_build_otherwise_is_refused(tmp_path):
+    pipe = pipelines.sd()
+    said = {k: v for k, v in pipe.unet.config.items() if k[0] != "_"}
+    pipe.unet = diffusers.UNet2DConditionModel(**said | {"norm_num_groups": 8})
+    pipe.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    with pytest.raises(ModelError, match="groups 32, this one has 8"):
+        convert(tmp_path / "ours", tmp_path / "x.safetensors", to="original")
 
 
 @pytest.mark.parametrize("sibling", ["StableDiffusionControlNetPipeline", "StableDiffusionPAGPipeline"])

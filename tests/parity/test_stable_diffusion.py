@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
     SASolverScheduler,
@@ -90,12 +92,30 @@ def test_sd_pictures(tmp_path, kind):
     (UniPCMultistepScheduler, {}),
     (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),    # SD 1.5's own
     (LMSDiscreteScheduler, {"timestep_spacing": "leading", "steps_offset": 1}),
-], ids=["euler", "dpmpp-2m-trailing", "dpmpp-2m", "dpmpp-2m-leading", "unipc", "pndm", "lms"])
+    (EulerDiscreteScheduler, {"prediction_type": "v_prediction"}),
+    (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
+    (EulerDiscreteScheduler, {"timestep_spacing": "leading", "steps_offset": 1, "use_karras_sigmas": True}),
+    (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    (HeunDiscreteScheduler, {}), (LMSDiscreteScheduler, {}),
+], ids=["euler", "dpmpp-2m-trailing", "dpmpp-2m", "dpmpp-2m-leading", "unipc", "pndm", "lms", "euler-linspace",
+        "euler-trailing", "euler-karras-leading", "euler-karras", "heun-linspace", "lms-linspace"])
 def test_other_schedulers(tmp_path, kind, more):
     """diffusers' multistep solvers leave the cleanest of N + 1 times out, for "linspace" (their own) and "leading"."""
     pipe = pipelines.sd()
     pipe.scheduler = kind(**pipelines.CHAIN, **more)
     assert same_pictures(tmp_path, pipe) <= 1e-4
+
+
+@pytest.mark.parametrize("kind, more, said", [
+    (DDIMScheduler, {"clip_sample": False, "thresholding": True}, "thresholding True"),
+    (EulerDiscreteScheduler, {"use_exponential_sigmas": True}, "use_exponential_sigmas True"),
+    (EulerDiscreteScheduler, {"interpolation_type": "log_linear"}, "interpolation_type log_linear"),
+    (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "linspace"}, "linspace")])
+def test_what_a_scheduler_does_otherwise_is_noted(kind, more, said, tmp_path):
+    pipe = pipelines.sd()
+    pipe.scheduler = kind(**pipelines.CHAIN, **more)
+    pipe.save_pretrained(tmp_path / "theirs")
+    assert any(said in note for note in convert(tmp_path / "theirs", tmp_path / "ours").notes)
 
 
 def test_a_folder_sampled_by_sa_solver_is_read_and_written(tmp_path):

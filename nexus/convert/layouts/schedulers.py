@@ -15,11 +15,15 @@ SAMPLERS = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm", "DDPMScheduler": "
             "UniPCMultistepScheduler": "unipc", "LMSDiscreteScheduler": "lms", "SASolverScheduler": "sa-solver"}
 LEADING = ("DDIMScheduler", "PNDMScheduler", "DDPMScheduler")       # what they do unless config.json says otherwise
 # Of N + 1 times these leave the cleanest out.
+IN_SIGMA = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler",
+            "LMSDiscreteScheduler")
 MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler")
 # What a multistep solver has in one value only here (absent counts as it).
-USUAL = {"solver_order": 2, "final_sigmas_type": "zero", "thresholding": False,
-         "lambda_min_clipped": None, "predict_x0": True, "use_lu_lambdas": False, "use_exponential_sigmas": False,
-         "use_beta_sigmas": False, "use_flow_sigmas": False, "euler_at_final": False, "disable_corrector": []}
+USUAL = {"solver_order": 2, "lambda_min_clipped": None, "predict_x0": True, "use_lu_lambdas": False,
+         "use_flow_sigmas": False, "euler_at_final": False, "disable_corrector": []}
+# What any scheduler has in one value only here.
+SHARED = {"thresholding": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
+          "interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"}
 SOLVERS = {"DPMSolverMultistepScheduler": {"solver_type": "midpoint"},
            "UniPCMultistepScheduler": {"solver_type": "bh2"},
            "SASolverScheduler": {"predictor_order": 2, "corrector_order": 2, "algorithm_type": "data_prediction",
@@ -54,6 +58,7 @@ def _read_discrete(said: dict) -> tuple[dict, tuple[str, ...]]:
     path = {"kind": "discrete"} | _chain(said) | {
         "offset": said.get("steps_offset", 0), "open_end": kind in MULTISTEP,
         "spacing": said.get("timestep_spacing", "leading" if kind in LEADING else "linspace"),
+        "in_sigma": kind in IN_SIGMA,
         "zero_terminal_snr": said.get("rescale_betas_zero_snr", False),
         "ends_at_first": short and not said.get("set_alpha_to_one", kind == "DDIMScheduler"),
     }
@@ -69,10 +74,11 @@ def _read_discrete(said: dict) -> tuple[dict, tuple[str, ...]]:
         notes.append("PNDMScheduler's Runge-Kutta steps at the beginning are left out")
     if kind == "DDIMScheduler" and settings["clip"]:
         notes.append("DDIMPipeline gives the same with use_clipped_model_output=True")
-    if kind in MULTISTEP:
-        usual = USUAL | SOLVERS[kind]
-        notes += [f"the scheduler's {name} {said[name]} is not carried" for name in usual
-                  if said.get(name, usual[name]) not in (usual[name], "-inf", float("-inf"))]
+    if kind == "DDIMScheduler" and path["spacing"] == "linspace":
+        notes.append("DDIMScheduler's linspace steps by whole shares of the chain, here from time to time")
+    usual = SHARED | (USUAL | SOLVERS[kind] if kind in MULTISTEP else {})
+    notes += [f"the scheduler's {name} {said[name]} is not carried" for name in usual
+              if said.get(name, usual[name]) not in (usual[name], "-inf", float("-inf"))]
     return settings, tuple(notes)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 
 from nexus.convert.layout import Layout, Shapes
 from nexus.convert.layouts import unet_diffusers, unet_openai
+from nexus.convert.layouts.unet import standard
 from nexus.models.diffusion.stable_diffusion import StableDiffusionConfig
 from nexus.models.diffusion.unet import UNetConfig
 
@@ -36,5 +37,5 @@ LAYOUTS = (
            unet_diffusers.table, unet_diffusers.foreign_config),
     Layout("original", "sd", "net", lambda shapes, foreign: unet_openai.matches(shapes) and _crosses(shapes),
            lambda shapes, foreign: _config(unet_openai.config_of(shapes)), TABLE,
-           unsaid=lambda shapes, foreign: (*unet_openai.unsaid(shapes), "prediction")),
+           constants=standard, unsaid=lambda shapes, foreign: (*unet_openai.unsaid(shapes), "prediction")),
 )

@@ -23,8 +23,7 @@ from nexus.convert.convert import settle
 from nexus.convert.detect import Found, Source, json_of, opened
 from nexus.convert.export import FORMAT, Target, as_json
 from nexus.convert.layout import Layout
-from nexus.convert.layouts import clip_text, kl_image, mmdit, t5_text, unet_openai
-from nexus.convert.layouts.sd import TABLE, inpainting
+from nexus.convert.layouts import clip_text, kl_image, mmdit, sd, t5_text, unet_openai
 from nexus.convert.parts import (
     HOME,
     WEIGHTS,
@@ -73,18 +72,14 @@ class Single(NamedTuple):
     encoders: bool = True
 
 
-def _unet(system: str) -> Layout:
-    return Layout("original", system, "net", lambda shapes, said: unet_openai.matches(shapes),
-                  lambda shapes, said: {"net": unet_openai.config_of(shapes)}, TABLE)
-
-
+UNET = named(sd.LAYOUTS, "original")
 _SD = (("cond_stage_model.transformer.", L, False),)
 FILES = {                               # by recipe; the first whose prefixes are there
     "sdxl": Single("StableDiffusionXLPipeline", "sdxl", (("conditioner.embedders.0.transformer.", L, False),
-                                                         ("conditioner.embedders.1.model.", H, True)), _unet("sd")),
-    "sd2": Single("StableDiffusionPipeline", "sd21", (("cond_stage_model.model.", H, True),), _unet("sd")),
-    "sd": Single("StableDiffusionPipeline", "sd15", _SD, _unet("sd")),
-    "lcm": Single("LatentConsistencyModelPipeline", "dreamshaper-v7", _SD, _unet("lcm")),
+                                                         ("conditioner.embedders.1.model.", H, True)), UNET),
+    "sd2": Single("StableDiffusionPipeline", "sd21", (("cond_stage_model.model.", H, True),), UNET),
+    "sd": Single("StableDiffusionPipeline", "sd15", _SD, UNET),
+    "lcm": Single("LatentConsistencyModelPipeline", "dreamshaper-v7", _SD, UNET._replace(system="lcm")),
     "sd3": Single("StableDiffusion3Pipeline", "sd3-medium", (
         ("text_encoders.clip_l.transformer.", L, False), ("text_encoders.clip_g.transformer.", H, False),
         ("text_encoders.t5xxl.transformer.", T5, False)), named(mmdit.LAYOUTS, "original-repacked")),
@@ -151,7 +146,7 @@ def read(source: Source, said: dict[str, str], stack: ExitStack, scratch: Path |
     net = fitted(net, picture)
     config = base.to_json() | {"net": net.to_json(), "codec": {"net": picture.to_json()}, "size": side or base.size}
     if one.net.system == "sd":
-        config |= {"prediction": "v" if "v_pred" in extra.tensors else base.prediction, "concat": inpainting(net)}
+        config |= {"prediction": "v" if "v_pred" in extra.tensors else base.prediction, "concat": sd.inpainting(net)}
         config["path"] |= {"zero_terminal_snr": "ztsnr" in extra.tensors}
         assumed |= {} if "prediction" in said else {"prediction": config["prediction"]}
     used = (NET, FIRST, EMA, *(prefix for prefix, _, _ in one.words))

@@ -33,7 +33,7 @@ def _openai(system: str, name: str, table, label: bool, conv2d: bool, auto: bool
     return Layout(name, system, "net", matches,
                   lambda shapes, foreign: _config(unet_openai.config_of(shapes), SIZE) | CHAIN | (ADM if label else {}),
                   table,
-                  constants=_standard, auto=auto,
+                  constants=standard, auto=auto,
                   unsaid=lambda shapes, foreign: (*unet_openai.unsaid(shapes), "size", "path.beta_schedule"))
 
 
@@ -43,12 +43,15 @@ def _config(net: dict, size: int) -> dict:
     return {"net": net, "size": size} | variance | numbered(net)
 
 
-def _standard(config: dict) -> dict[str, Tensor]:
-    """No constants; ModelError for a network that OpenAI's code, with its one value of each, would build otherwise."""
+def standard(config: dict) -> dict[str, Tensor]:
+    """No constants; ModelError for a network that OpenAI's code, with its one value of each, would build otherwise.
+
+    Stable Diffusion's and its descendants' original code is the same.
+    """
     net, usual = UNetConfig.parse(config["net"]), UNetConfig()
     for name in ("groups", "eps", "corner_pad", "sin_first", "freq_shift"):
         if getattr(net, name) != getattr(usual, name):
-            raise ModelError(f"OpenAI's UNets have {name} {getattr(usual, name)}, this one has {getattr(net, name)}",
+            raise ModelError(f"original UNets have {name} {getattr(usual, name)}, this one has {getattr(net, name)}",
                              hint="write it with --to diffusers")
     return {}
 
