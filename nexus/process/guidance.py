@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nexus.process.predictions import over, with_x0, x0_part
+from nexus.process.predictions import output_of, over, with_x0, x0_of, x0_part
 from nexus.process.schedules import Grid
 
 
@@ -19,14 +19,16 @@ def linear(cond: Tensor, uncond: Tensor, weight, x: Tensor | None = None, t: Ten
 
 
 def guided_batch(denoise_pair, scale, *, rule: Callable = linear, rescale: float = 0.0,
-                 active: Callable | None = None, channels: int | None = None, cond: Callable | None = None):
+                 active: Callable | None = None, channels: int | None = None, cond: Callable | None = None,
+                 said: tuple | None = None):
     """Guidance by a rule; classifier-free guidance by default. Ho & Salimans 2022.
 
     denoise_pair(x, t) -> (cond, uncond): x0 estimates (or Estimates, whose cond fraction is kept), usually from one
     call with a batch of 2B. scale: 1 = cond alone, 0 = uncond; a number or a function of t. rescale in [0, 1]: how far
-    the result's standard deviation an item returns to cond's (Lin et al. 2023, eq. 15-16, here of x0). active(t): where
-    guidance is on (see `during`); elsewhere cond alone, through the cheaper `cond` denoiser if given. channels: guide
-    only the first so many (DiT: 3), the rest is cond's.
+    the result's standard deviation an item returns to cond's (Lin et al. 2023, eq. 15-16); said: (path, prediction),
+    what the network outputs, of which that is meant; without it of x0. active(t): where guidance is on (see `during`);
+    elsewhere cond alone, through the cheaper `cond` denoiser if given. channels: guide only the first so many (DiT: 3),
+    the rest is cond's.
     """
     def denoise(x, t):
         on = None if active is None else active(t)
@@ -34,21 +36,23 @@ def guided_batch(denoise_pair, scale, *, rule: Callable = linear, rescale: float
             return cond(x, t)
         result, other = denoise_pair(x, t)
         plain = x0_part(result)
-        x0 = _finished(rule(plain, x0_part(other), _weight(scale, t, x), x, t), plain, rescale, channels)
+        x0 = _some_channels(rule(plain, x0_part(other), _weight(scale, t, x), x, t), plain, channels)
+        if rescale:
+            x0 = _rescaled(x0, plain, rescale) if said is None else x0_of(
+                *said, _rescaled(*(output_of(*said, each, x, t) for each in (x0, plain)), rescale), x, t)
         return with_x0(result, x0 if on is None else torch.where(over(on, x).to(x.device), x0, plain))
     return denoise
 
 
-def guided(cond, uncond, scale, *, rule: Callable = linear, rescale: float = 0.0, active: Callable | None = None,
-           channels: int | None = None):
+def guided(cond, uncond, scale, **more):
     """`guided_batch` over two denoisers, called one after the other."""
-    return guided_batch(lambda x, t: (cond(x, t), uncond(x, t)), scale, rule=rule, rescale=rescale, active=active,
-                        channels=channels, cond=cond)
+    return guided_batch(lambda x, t: (cond(x, t), uncond(x, t)), scale, cond=cond, **more)
 
 
 def combine(cond: Tensor, uncond: Tensor, weight, rescale: float = 0.0, channels: int | None = None) -> Tensor:
     """uncond + weight (cond - uncond) on the first channels, rescaled; weight a number or [B, 1, ...]."""
-    return _finished(linear(cond, uncond, weight), cond, rescale, channels)
+    x0 = _some_channels(linear(cond, uncond, weight), cond, channels)
+    return _rescaled(x0, cond, rescale) if rescale else x0
 
 
 def during(grid: Grid, start: float, end: float) -> Callable:
@@ -94,13 +98,15 @@ def alone(denoise, scale, rule: Callable, **more):
     return guided_batch(pair, scale, rule=rule, cond=denoise, **more)
 
 
-def _finished(x0: Tensor, cond: Tensor, rescale: float, channels: int | None) -> Tensor:
-    if channels is not None and channels < cond.shape[1]:
-        x0 = torch.cat([x0[:, :channels], cond[:, channels:]], dim=1)
-    if rescale:
-        ratio = cond.flatten(1).std(1) / x0.flatten(1).std(1).clamp(min=1e-12)
-        x0 = x0 * (1 + rescale * (over(ratio, x0) - 1))
-    return x0
+def _some_channels(x0: Tensor, cond: Tensor, channels: int | None) -> Tensor:
+    if channels is None or channels >= cond.shape[1]:
+        return x0
+    return torch.cat([x0[:, :channels], cond[:, channels:]], dim=1)
+
+
+def _rescaled(out: Tensor, cond: Tensor, share: float) -> Tensor:
+    ratio = cond.flatten(1).std(1) / out.flatten(1).std(1).clamp(min=1e-12)
+    return out * (1 + share * (over(ratio, out) - 1))
 
 
 def _weight(scale, t: Tensor, x: Tensor):

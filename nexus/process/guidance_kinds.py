@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nexus.process.guidance import linear
-from nexus.process.predictions import over, target, with_x0, x0_of, x0_part
+from nexus.process.predictions import output_of, over, with_x0, x0_of, x0_part
 
 
 def cfg_zero(path, prediction: str) -> Callable:
@@ -16,8 +16,7 @@ def cfg_zero(path, prediction: str) -> Callable:
     paper. Other predictions follow diffusers, which applies it to them as it is.
     """
     def rule(cond: Tensor, uncond: Tensor, weight, x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (over(v, x).to(x) if t.ndim else v for v in path.at(t))
-        v_c, v_u = (target(path, prediction, x0, (x - alpha * x0) / sigma, t) for x0 in (cond, uncond))
+        v_c, v_u = (output_of(path, prediction, x0, x, t) for x0 in (cond, uncond))
         v_u = over(optimal_scale(v_c, v_u), x) * v_u
         return x0_of(path, prediction, linear(v_c, v_u, weight), x, t)
     return rule

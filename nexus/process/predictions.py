@@ -77,6 +77,12 @@ def x0_of(path, prediction: str, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
     return PREDICTIONS[prediction].x0(out, x, *coefficients)
 
 
+def output_of(path, prediction: str, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """What a network says that takes x0 for the data: the inverse of `x0_of`."""
+    alpha, sigma = (over(v, x).to(x) for v in path.at(t))
+    return target(path, prediction, x0, (x - alpha * x0) / sigma, t)
+
+
 def network_input(path, prediction: str, x: Tensor, t: Tensor) -> Tensor:
     """What the network sees of x [B, ...] at times t [B] or []: x, scaled to unit variance by c_in for "edm"."""
     if prediction != "edm":

@@ -152,7 +152,7 @@ def _pair(double: Callable) -> Callable:
 def _guided(task: Task, sides: Sides) -> Callable:
     c, request, kind = task.system.config, task.request, task.request.guidance_kind or "cfg"
     lo, hi = request.guidance_interval
-    ways = {"rescale": request.guidance_rescale, "channels": c.guided_channels,
+    ways = {"rescale": request.guidance_rescale, "said": (c.path, c.prediction), "channels": c.guided_channels,
             "active": None if (lo, hi) == (0.0, 1.0) else guidance.during(task.points, lo, hi)}
     scale = scale_of(c, request)
     if kind == "autoguidance":

@@ -62,14 +62,15 @@ def noise(tmp_path, n=2):
     return drawn, str(tmp_path / "noise.safetensors")
 
 
-def same_pictures(tmp_path, pipe, *, steps=5, guidance=7.5, negative=NEGATIVE, **request):
+def same_pictures(tmp_path, pipe, *, steps=5, guidance=7.5, negative=NEGATIVE, rescale=0.0, **request):
     system = ours(tmp_path, pipe)
     drawn, file = noise(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     wanted = pipe([PROMPT] * 2, negative_prompt=negative and [negative] * 2, num_inference_steps=steps,
-                  guidance_scale=guidance, latents=drawn, output_type="pt", height=16, width=16).images
+                  guidance_scale=guidance, guidance_rescale=rescale, latents=drawn, output_type="pt", height=16,
+                  width=16).images
     made = system.generate(SampleRequest(prompt=PROMPT, negative_prompt=negative, steps=steps, guidance=guidance,
-                                         initial_noise=file, **request), seeds=[0, 1]).data
+                                         guidance_rescale=rescale, initial_noise=file, **request), seeds=[0, 1]).data
     assert wanted.std() > 0.05                          # pictures, not a plain colour
     assert ((made + 1) / 2 - wanted).abs().max() <= 1 / 255
     return float(((made + 1) / 2 - wanted).abs().max())
@@ -104,6 +105,11 @@ def test_other_schedulers(tmp_path, kind, more):
     pipe = pipelines.sd()
     pipe.scheduler = kind(**pipelines.CHAIN, **more)
     assert same_pictures(tmp_path, pipe) <= 1e-4
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_guidance_is_rescaled_in_the_space_of_the_output(prediction, tmp_path):
+    assert same_pictures(tmp_path, pipelines.sd(prediction_type=prediction), rescale=0.7) <= 1e-4
 
 
 @pytest.mark.parametrize("kind, more, said", [

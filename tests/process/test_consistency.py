@@ -12,7 +12,7 @@ from nexus.models.diffusion.lcm import LCMConfig, SkippingPath
 from nexus.process import consistency as cm
 from nexus.process import edm
 from nexus.process.paths import AffinePath, DiscretePath, RectifiedPath, VEPath
-from nexus.process.predictions import masked, noised, over, target
+from nexus.process.predictions import masked, noised, output_of, over
 from nexus.process.schedules import grid
 from tests.exact import gaussian, gaussian_flow, mixture, mixture_flow
 
@@ -154,7 +154,7 @@ def test_a_network_of_another_path_denoises_as_on_its_own(name, said):
         assert torch.equal(clock, config.path.network_time(sigma).float())
         t = native.t_of_log_snr(-sigma.log())
         there = gaussian(native, mean, std)(noised_x(native, x, t), t)
-        return predicted(native, said, there, noised_x(native, x, t), t)
+        return output_of(native, said, there, noised_x(native, x, t), t)
     want = gaussian(VE, mean, std)(x, sigma)
     torch.testing.assert_close(config.denoiser(net, None)(x, sigma), want, atol=1e-9, rtol=1e-7)
     assert torch.equal(config.jump(loud, x[:1], sigma[:1]), x[:1])
@@ -165,12 +165,6 @@ def test_a_network_of_another_path_denoises_as_on_its_own(name, said):
 def noised_x(path, x, t):
     """x = x0 + sigma eps as it is on a path where t has the same signal to noise."""
     return over(path.at(t)[0], x) * x
-
-
-def predicted(path, said, x0, x, t):
-    """What a network says that takes x0 for the data."""
-    alpha, sigma = (over(v, x) for v in path.at(t))
-    return target(path, said, x0, (x - alpha * x0) / sigma, t)
 
 
 def test_another_prediction_needs_its_path():
