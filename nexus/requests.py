@@ -16,7 +16,7 @@ SAMPLERS = ("ddpm", "ddim", "euler", "euler-a", "heun", "midpoint", "rk4", "dopr
             "dpmpp-3m-sde", "unipc", "lms", "pndm", "sa-solver")
 GUIDANCE_KINDS = ("cfg", "cfg-zero", "apg", "pag", "slg", "autoguidance", "classifier")
 NEEDS_KIND = {"guide_model": ("autoguidance", "classifier"), "apg": ("apg",), "perturb_layers": ("pag", "slg"),
-              "perturb_scale": ("pag", "slg"), "zero_init": ("cfg-zero",)}
+              "perturb_scale": ("pag", "slg"), "perturb_interval": ("pag", "slg"), "zero_init": ("cfg-zero",)}
 COMPANIONS = {"negative_prompt": "prompt", "control_image": "control", "control_scale": "control"}
 ONE_STEP = "this model makes a picture in one step, there is nothing to set"
 OWN = ("truncation", "interpolate", "direction", "duration", "temperature", "top_k", "top_p", "guidance_style",
@@ -38,6 +38,7 @@ class SampleRequest(Config):
     guide_model: str | None = None                          # the weaker model of autoguidance, or a classifier
     perturb_layers: tuple[int, ...] | None = None           # of pag and slg, by number; None = the middle one
     perturb_scale: float | None = Field(None, ge=0, le=1000)
+    perturb_interval: tuple[float, float] | None = None     # share of the run in which layers are weakened
     apg: tuple[float, float, float] | None = None           # eta, norm (0 = no limit), momentum; see guidance_kinds
     zero_init: int | None = Field(None, ge=0)               # steps of a flow without velocity, of cfg-zero
     dynamic_threshold: float | None = Field(None, gt=0, le=1)       # the quantile of |x0| that becomes 1

@@ -150,8 +150,9 @@ def _checked(value: dict, base: Path) -> tuple[dict, dict]:
     for key, entry in value.items():
         if isinstance(entry, bool):
             raise InputError(f"{key}: true and false are not settings of an item")
-    if isinstance(settings.get("guidance_interval"), str):
-        settings["guidance_interval"] = settings["guidance_interval"].replace("-", ",").split(",")
+    for name in ("guidance_interval", "perturb_interval"):
+        if isinstance(settings.get(name), str):
+            settings[name] = settings[name].replace("-", ",").split(",")
     settings |= {key: [entry.strip() for entry in settings[key].split(",")] for key in LISTS
                  if isinstance(settings.get(key), str)}
     for key in ("prompt", "negative_prompt"):

@@ -15,7 +15,8 @@ from nexus_cli.output import Output
 
 GUIDE, START = "Kinds of guidance", "Starting from a picture"
 PASSED = ("steps", "guidance", "guidance_rescale", "guidance_interval", "guidance_kind", "guide_model",
-          "perturb_layers", "perturb_scale", "apg", "zero_init", "dynamic_threshold", "sampler", "schedule", "eta",
+          "perturb_layers", "perturb_scale", "perturb_interval", "apg", "zero_init", "dynamic_threshold",
+          "sampler", "schedule", "eta",
           "width", "height", "image", "image_noise", "strength", "mask", "outpaint", "initial_noise",
           "truncation", "interpolate", "direction",
           "negative_prompt", "control", "control_image", "control_scale")     # fields of the request as they are
@@ -60,6 +61,9 @@ def sample(
     perturb_scale: Annotated[float | None, option("--perturb-scale", parser=parse.number(0, 1000), metavar="SCALE",
                                                   panel=GUIDE, show_default=False,
                                                   help="How strongly pag or slg steers; default 2.8.")] = None,
+    perturb_interval: Annotated[object, option("--perturb-interval", parser=parse.interval, metavar="A-B",
+                                               panel=GUIDE, show_default=False,
+                                               help="The share of the run in which pag or slg steers.")] = None,
     apg: Annotated[object, option("--apg", parser=parse.numbers(3, "0,15,-0.5"), metavar="ETA,NORM,MOMENTUM",
                                   panel=GUIDE, show_default=False, help="Of apg; default 0,15,-0.5.")] = None,
     zero_init: Annotated[int | None, option("--zero-init", parser=parse.whole(0, 100_000), metavar="N", panel=GUIDE,

@@ -70,11 +70,16 @@ def _along(change: Tensor, direction: Tensor) -> Tensor:
     return ((a * b).sum(1, keepdim=True) * b).to(change.dtype).view_as(change)
 
 
-def away_from(weak, scale: float) -> Callable:
+def away_from(weak, scale: float, active: Callable | None = None) -> Callable:
     """The linear rule, and scale (cond - weak) on top: PAG (Ahn et al. 2024), SLG (Stable Diffusion 3.5).
 
-    weak(x, t): the denoiser of the perturbed network under the same condition.
+    weak(x, t): the denoiser of the perturbed network under the same condition. active(t): where it is called; elsewhere
+    the linear rule alone.
     """
     def rule(cond: Tensor, uncond: Tensor, weight, x: Tensor, t: Tensor) -> Tensor:
-        return linear(cond, uncond, weight) + scale * (cond - x0_part(weak(x, t)))
+        plain, on = linear(cond, uncond, weight), None if active is None else active(t)
+        if on is not None and not on.any():
+            return plain
+        led = plain + scale * (cond - x0_part(weak(x, t)))
+        return led if on is None else torch.where(over(on, x).to(x.device), led, plain)
     return rule

@@ -151,9 +151,8 @@ def _pair(double: Callable) -> Callable:
 
 def _guided(task: Task, sides: Sides) -> Callable:
     c, request, kind = task.system.config, task.request, task.request.guidance_kind or "cfg"
-    lo, hi = request.guidance_interval
     ways = {"rescale": request.guidance_rescale, "said": (c.path, c.prediction), "channels": c.guided_channels,
-            "active": None if (lo, hi) == (0.0, 1.0) else guidance.during(task.points, lo, hi)}
+            "active": _window(task, request.guidance_interval)}
     scale = scale_of(c, request)
     if kind == "autoguidance":
         return guidance.guided(sides.single, _weaker(task), scale, **ways)
@@ -162,7 +161,7 @@ def _guided(task: Task, sides: Sides) -> Callable:
     if kind in ("pag", "slg"):
         weak = _estimator(task.system, task.points, sides.cond, _perturb(task.system.net, request))
         strength = PERTURB_SCALE if request.perturb_scale is None else request.perturb_scale
-        rule = guidance_kinds.away_from(weak, strength)
+        rule = guidance_kinds.away_from(weak, strength, _window(task, request.perturb_interval))
         if sides.pair is None:
             return guidance.alone(sides.single, 1.0, rule, **ways)
         return guidance.guided_batch(sides.pair, scale, rule=rule, cond=sides.single, **ways)
@@ -174,6 +173,11 @@ def _guided(task: Task, sides: Sides) -> Callable:
         first = guidance.during(task.points, 0.0, steps / task.points.steps)
         return guidance_kinds.zero_init(denoise, c.path, c.prediction, first)
     return denoise
+
+
+def _window(task: Task, share: tuple[float, float] | None) -> Callable | None:
+    """active(t) for a share of the run; None = all of it."""
+    return None if share in (None, (0.0, 1.0)) else guidance.during(task.points, *share)
 
 
 def _rule(task: Task) -> Callable:

@@ -98,6 +98,22 @@ def test_sd3(tmp_path, way, record_property):
     assert again.scheduler.config.shift == pipe.scheduler.config.shift
 
 
+def test_skip_layer_guidance_as_of_sd35(tmp_path, record_property):
+    pipe = published.sd3()
+    system = converted(tmp_path, pipe)
+    drawn, file = noise(tmp_path)
+
+    def theirs(**more):
+        return pipe([PROMPT] * 2, num_inference_steps=10, guidance_scale=4.0, latents=drawn, output_type="pt",
+                    height=PIXELS, width=PIXELS, **more).images
+    wanted = theirs(skip_guidance_layers=[1], skip_layer_guidance_scale=2.8, skip_layer_guidance_start=0.01,
+                    skip_layer_guidance_stop=0.3)
+    made = generated(system, file, prompt=PROMPT, steps=10, guidance=4.0, guidance_kind="slg", perturb_layers=[1],
+                     perturb_scale=2.8, perturb_interval=(0.01, 0.3))
+    record_property("difference", difference(made, wanted))
+    assert difference(made, wanted) <= PIXEL / 10 < (theirs() - wanted).abs().max()
+
+
 @pytest.mark.parametrize("guided", [True, False], ids=["dev", "schnell"])
 def test_flux(tmp_path, guided, record_property):
     pipe = published.flux(guided=guided)

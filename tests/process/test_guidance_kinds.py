@@ -191,7 +191,8 @@ def test_autoguidance_is_that_of_diffusers():
 
 # --- networks that can be weakened ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, preset", [("dit", "tiny"), ("conditional", "tiny"), ("conditional", "tiny-text")])
+@pytest.mark.parametrize("name, preset", [("dit", "tiny"), ("conditional", "tiny"), ("conditional", "tiny-text"),
+                                          ("pixart", "tiny")])
 def test_a_perturbed_network_differs_and_an_empty_perturbation_does_not(name, preset):
     built = system(name, preset)
     net, cond = built.net, built.conditioner.null(2, torch.device("cpu"))

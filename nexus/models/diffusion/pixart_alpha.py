@@ -19,6 +19,7 @@ from nexus.nn.attention import attend, merge_heads, split_heads
 from nexus.nn.embed import TimestepMLP, sincos_2d
 from nexus.nn.modulation import gated, modulate, start_linear
 from nexus.nn.patches import grid_of, unpatched
+from nexus.nn.perturb import Perturb
 from nexus.process.codec import SHARED_CODEC, SHARED_LATENTS
 from nexus.process.diffusion import DiffusionConfig
 from nexus.process.paths import AnyPath, DiscretePath
@@ -104,11 +105,12 @@ class PixArtBlock(nn.Module):
         k, v = self.cross_kv(y).chunk(2, -1)
         return split_heads(k, self.heads), split_heads(v, self.heads)
 
-    def forward(self, x: Tensor, mod: Tensor, words: KeyValue, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mod: Tensor, words: KeyValue, mask: Tensor | None = None,
+                identity: bool = False) -> Tensor:
         """mod [B or 1, 6, D], shared by all blocks: shift, scale, gate of the attention, then of the MLP."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (mod + self.table).unbind(1)
         q, k, v = (split_heads(p, self.heads) for p in self.qkv(modulate(x, shift_a, scale_a)).chunk(3, -1))
-        x = gated(x, gate_a, self.proj(merge_heads(attend(q, k, v))))
+        x = gated(x, gate_a, self.proj(merge_heads(attend(q, k, v, identity=identity))))
         q = split_heads(self.cross_q(x), self.heads)
         x = x + self.cross_proj(merge_heads(attend(q, *words, mask)))
         h = F.gelu(self.fc1(modulate(x, shift_m, scale_m)), approximate="tanh")
@@ -129,6 +131,7 @@ class PixArt(nn.Module):
     def __init__(self, config: PixArtNetConfig):
         super().__init__()
         self.config = config
+        self.layers, self.middle = config.depth, config.depth // 2
         dim, width = config.hidden, config.context_dim
         self.patch = nn.Conv2d(config.in_channels, dim, config.patch, config.patch)
         self.time = TimestepMLP(TIME_FREQS, dim)
@@ -155,15 +158,17 @@ class PixArt(nn.Module):
         for module in (*(block.cross_proj for block in self.blocks), self.final):
             nn.init.zeros_(module.weight)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None, prepared: dict | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None, prepared: dict | None = None,
+                perturb: Perturb = Perturb()) -> Tensor:
         """`prepared` is what `prepare` returned for the same `cond`. Raises InputError on sides that do not fit."""
         rows, cols = grid_of(x, self.config.patch)
         c, mod = self._modulations(x, t, cond or {}, prepared or {})
         words, mask = self._read(len(x), cond or {}, prepared or {})
         x = self.patch(x.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)              # [B, L, D]
         x = x + _positions(self.config, rows, cols, x.device, x.dtype)
-        for block, pair in zip(self.blocks, words, strict=True):
-            x = block(x, mod, pair, mask)
+        for i, (block, pair) in enumerate(zip(self.blocks, words, strict=True)):
+            if i not in perturb.skip:
+                x = block(x, mod, pair, mask, i in perturb.identity)
         shift, scale = (c[:, None] + self.final_table).unbind(1)      # of the time itself, not of its modulation
         x = self.final(modulate(x, shift, scale))                                             # [B, L, p * p * C']
         return unpatched(x, rows, cols, self.config.patch)
