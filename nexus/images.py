@@ -15,6 +15,7 @@ from nexus.atomic import read_given, write_bytes
 from nexus.errors import InputError, UsageError
 
 SCHEMA = "nexus/1"
+# PIL reads dozens of formats; the parsers of the rare ones are attack surface.
 READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
 FILE_LIMIT = 256 * 2**20
@@ -37,7 +38,7 @@ def read_image(path: str | os.PathLike | bytes, *, mode: str = "RGB") -> np.ndar
         try:
             image.load()
             upright = ImageOps.exif_transpose(image)
-            return _plain(upright, mode)
+            return _axes(np.asarray(opaque(upright).convert(mode)))
         except _BROKEN as error:
             raise InputError(f"{name}: the picture is damaged ({_short(error)})", hint="save it anew") from None
 
@@ -74,16 +75,21 @@ def _opened(source) -> Iterator[tuple[Image.Image, str]]:
             yield image, name
 
 
-def _plain(image: Image.Image, mode: str) -> np.ndarray:
-    """8 bits a channel; 16-bit grey keeps its high byte; alpha is laid over white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if grey.max(initial=0) > 255 else 255.0
-        image = Image.fromarray((np.nan_to_num(grey).clip(0, top) * (255.0 / top)).round().astype(np.uint8), "L")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+def opaque(image: Image.Image) -> Image.Image:
+    """Any of PIL's modes -> L or RGB: 16-bit grey keeps its high byte, alpha is laid over white.
+
+    ValueError for floating-point pixels, of which nobody knows what is white.
+    """
+    if image.mode.startswith("I"):                      # convert() would clip at 255
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels are not supported, expected 8 or 16 bits")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return _axes(np.asarray(image.convert(mode)))
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(image, mask=image.getchannel("A"))
+        return canvas
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
 def _axes(array: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from nexus import images
+from nexus.data.images import open_images
 from nexus.errors import InputError, OutputError, UsageError
 
 PROMPTS = ["", " ", "a cat", "😀🏳️‍🌈", "漢字", "مرحبا", "e\u0301", "\0", "a\0b", "\ud800", "x\udcffy",
@@ -102,16 +103,30 @@ def saved(image, form="PNG", **more) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("mode", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I", "F", "CMYK", "YCbCr"))
+@pytest.mark.parametrize("mode", ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I", "CMYK", "YCbCr"))
 def test_every_mode_becomes_eight_bits(mode):
-    form = "TIFF" if mode in ("F", "CMYK", "YCbCr", "I") else "PNG"
-    if mode == "I;16":
-        image = Image.fromarray(np.full((5, 7), 65535, np.uint16))
+    form = "TIFF" if mode in ("CMYK", "YCbCr", "I") else "PNG"
+    if mode.startswith("I"):
+        image = Image.fromarray(np.full((5, 7), 65535, np.uint16 if mode == "I;16" else np.int32))
     else:
         image = Image.new("L", (7, 5), 255).convert(mode)
     read = images.read_image(saved(image, form))
     assert read.shape == (5, 7, 3) and read.dtype == np.uint8
     assert (read >= 250).all()
+
+
+def test_a_dark_picture_of_16_bits_stays_dark_and_a_training_set_sees_the_same(tmp_path):
+    Image.fromarray(np.full((16, 16), 200, np.uint16)).save(tmp_path / "a.png")
+    Image.fromarray(np.full((16, 16), 0x80FF, np.uint16)).save(tmp_path / "b.png")
+    data = open_images(str(tmp_path), size=16, channels=3)
+    for i, value in enumerate((0, 0x80)):
+        read = images.read_image(tmp_path / f"{'ab'[i]}.png")
+        assert (read == value).all() and np.array_equal(data.get(i), read)
+
+
+def test_floating_point_pixels_are_refused():
+    with pytest.raises(InputError, match="floating-point"):
+        images.read_image(saved(Image.new("F", (7, 5), 255), "TIFF"))
 
 
 def test_transparency_lies_on_white():

@@ -23,14 +23,13 @@ from nexus.data.opened import Files, nothing_usable
 from nexus.data.spec import EMBEDDED
 from nexus.data.split import SPLITS, chosen, held_out
 from nexus.errors import InputError, UsageError
+from nexus.images import READABLE, opaque
 
 STYLES = ("noto", "twemoji", "flat", "3d")  # of "emoji"; the others have to be asked for
 ALL_STYLES = (*STYLES, "outline", "classic", "emojione", "fxemoji")
 GROUPS = "-groups"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-# PIL reads dozens of formats; the parsers of the rare ones are attack surface.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 64 * 2**20
 MIN_SIDE = 8  # pixels; smaller ones are tracking dots and placeholders
@@ -176,7 +175,7 @@ def _open_found(spec: str, pictures: list[Found], skipped: list[tuple[str, str]]
         warnings.simplefilter("ignore")  # PIL warns of big pictures and odd metadata; `skipped` says it all
         files = Files.opened(pictures, skipped, partial(_check, size=size, channels=channels), KEEP_BYTES)
     if not files.found:
-        raise nothing_usable("picture", spec, ", ".join(FORMATS), skipped)
+        raise nothing_usable("picture", spec, ", ".join(READABLE), skipped)
     classes, styles = (tuple(sorted({getattr(p, name) for p in files.found})) for name in ("group", "style"))
     files = files.part(chosen([p.name for p in files.found], split, spec))
     facts = Facts(classes, styles, size, channels, len(files.found), files.digest())
@@ -199,7 +198,7 @@ def _check(picture: Found, *, size: int, channels: int) -> tuple[np.ndarray | No
         data = picture.place.read()
         return _decode(data, size, channels), hashlib.sha256(data).hexdigest()
     except UnidentifiedImageError:
-        return None, f"not a {', '.join(FORMATS)} picture"
+        return None, f"not a {', '.join(READABLE)} picture"
     except Exception as error:  # a damaged picture makes PIL raise nearly anything; the reason is kept
         return None, " ".join(str(error).split()) or type(error).__name__
 
@@ -208,7 +207,7 @@ def _decode(data: bytes, size: int, channels: int) -> np.ndarray:
     """Picture file -> uint8 [size, size, channels], first frame, upright, on white; raises as PIL does."""
     if not data:
         raise ValueError("empty file")
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=READABLE) as image:
         pixels = image.width * image.height
         if pixels > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels, more than the {MAX_PIXELS} allowed")
@@ -216,21 +215,7 @@ def _decode(data: bytes, size: int, channels: int) -> np.ndarray:
             raise ValueError(f"{image.width}x{image.height} pixels, fewer than {MIN_SIDE} on a side")
         with _ONE_BIG_PICTURE if pixels > MAX_PIXELS // 4 else nullcontext():
             image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded smaller, up to 8 times faster
-            return _fit(_opaque(ImageOps.exif_transpose(image)), size, channels)
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """Any PIL mode -> L or RGB, alpha composited on white."""
-    if image.mode.startswith("I"):  # 16 bits: the upper byte, since convert() would clip at 255
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point pixels are not supported, expected 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, "white")
-        canvas.paste(image, mask=image.getchannel("A"))
-        return canvas
-    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+            return _fit(opaque(ImageOps.exif_transpose(image)), size, channels)
 
 
 def _fit(image: Image.Image, size: int, channels: int) -> np.ndarray:
