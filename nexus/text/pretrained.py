@@ -113,7 +113,7 @@ class PretrainedConditioner(nn.Module):
 
     def _encoded(self, prompt: str, device: torch.device) -> Encoded:
         """From memory, from disk, or made and kept in both."""
-        key = self._key(prompt)
+        key = self._key(prompt, device)
         found = self._recent.get(key) or (_read(key) if self.config.cache else None)
         if found is None:
             found = self._encode(prompt, device)
@@ -152,9 +152,9 @@ class PretrainedConditioner(nn.Module):
             self._found = found, "-".join(digest(place) if place else "none" for place in found)
         return self._found
 
-    def _key(self, prompt: str) -> str:
-        c = self.config
-        facts = [MADE_BY, self._where()[1], c.recipe, self._length(), c.clip_skip, c.weighting, prompt]
+    def _key(self, prompt: str, device: torch.device) -> str:
+        c, precise = self.config, device.type == "cpu"          # elsewhere a stored half precision is computed in
+        facts = [MADE_BY, self._where()[1], c.recipe, self._length(), c.clip_skip, c.weighting, precise, prompt]
         facts += [extra.digest for extra in self.extras]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
