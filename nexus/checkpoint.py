@@ -149,10 +149,12 @@ def _check_digest(path: Path, name: str) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" takes CUDA, then Apple's MPS, then the CPU; a device that is not there is a DeviceError."""
+    """"auto" takes CUDA, else the CPU; a device that is not there is a DeviceError.
+
+    Apple's MPS has no float64, in which noise levels are computed, so it is taken only where it is asked for.
+    """
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
