@@ -35,7 +35,7 @@ _EMOJI = {"net": UNetConfig.presets["emoji-labels"], "codec": SHARED_CODEC, "cli
 # Few levels, as what the end looks like then passes to the start in few hops.
 _OF_DIT = {"net": DiTNetConfig.presets["emoji"], "teacher": "dit", "teacher_guidance": 3.0, "prediction": "v", "s0": 8,
            "mu": 0.9, "path": {"native": DiscretePath(spacing="linspace").to_json(), "sigma_data": 1.0,
-                               "sigma_min": 0.02, "points": 8, "visits": (0, 4)}}
+                               "sigma_min": 0.02, "points": 40, "visits": (0, 28)}}
 _BEDROOM = {"net": UNetConfig.presets["lsun-256"], "size": 256, "conditioner": {"kind": "none"}}
 _DISTIL = {"steps": 10_000, "batch_size": 64, "lr": 2e-4, "warmup": 200, "schedule": "linear", "final_lr": 0.05,
            "ema": 0.998, "save_every": 500, "cache_latents": True, "betas": (0.9, 0.99)}
