@@ -22,8 +22,9 @@ from nexus.errors import InputError, ModelError, UsageError
 CONFIG_LIMIT = 10_000_000
 # Where training scripts put the weights, averaged ones first: those are what papers report.
 AVERAGED = ("ema", "ema_model", "model_ema", "ema_state_dict", "params_ema")
-WRAPPERS = (*AVERAGED, "best_state", "state_dict", "model_state_dict", "model", "diffusion_model", "params", "net",
-            "module", "_orig_mod")
+WRAPPERS = (*AVERAGED, "best_state", "state_dict", "model_state_dict", "model", "params", "net", "module",
+            "_orig_mod")
+LAST = "model.diffusion_model."         # the network in whole files, tried when no layout knows the names as they are
 COMPONENTS = ("transformer", "unet", "prior", "vae", "vqvae")
 MAX_WRAPPERS = 3
 
@@ -192,7 +193,8 @@ def detect(sources: list[Source], read_as: str | None = None) -> Found:
     """
     layouts = tuple(layout for layout in every_layout() if layout.auto) if read_as is None else _named(read_as)
     for source in sources[:1]:                          # of a pipeline its network, never the codec in its place
-        for prefix in _prefixes(list(source.tensors)):
+        last = (LAST,) if any(key.startswith(LAST) for key in source.tensors) else ()
+        for prefix in (*_prefixes(list(source.tensors)), *last):
             inner = Source(source.path, _below(source.tensors, prefix), source.config)
             shapes = inner.shapes
             for layout in layouts:

@@ -103,9 +103,11 @@ def kind_of(keys, path: Path, said: dict[str, str]) -> str | None:
     nets = {"sd3": f"{NET}joint_blocks.0.x_block.attn.qkv.weight"}
     if not any(k.startswith(FIRST) for k in keys):
         return None
+    bare = f"{FIRST}encoder.conv_in.weight" in keys         # a whole codec, so that the file is a model by itself
     for name, one in FILES.items():
         first = nets.get(name, f"{NET}input_blocks.0.0.weight")
-        if one.words and first in keys and (name == "sd3" or any(k.startswith(one.words[0][0]) for k in keys)):
+        if one.words and first in keys and (
+                name == "sd3" and bare or any(k.startswith(one.words[0][0]) for k in keys)):
             return "lcm" if name == "sd" and f"{NET}time_embed.cond_proj.weight" in keys else name
     return None
 
