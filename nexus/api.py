@@ -17,7 +17,8 @@ from nexus.media import Media, to_uint8
 from nexus.requests import OWN, SampleRequest, check_companions, refuse
 from nexus.stored import default_model
 
-__all__ = ["Item", "evaluate", "load", "model_info", "models", "sample", "to_uint8", "train", "verify"]
+__all__ = ["Item", "check", "evaluate", "load", "model_info", "models", "outline", "sample", "to_uint8", "train",
+           "verify"]
 
 models = catalog.listing
 
@@ -33,6 +34,25 @@ def load(name: str, *, offload: bool = False, tile: str = "auto", **settings) ->
         if hasattr(part, "tile"):
             part.tile = tile
     return system
+
+
+def outline(name: str, *, system: str | None = None, student: bool = False) -> torch.nn.Module:
+    """The system that `load` would give, without weights (on the meta device), as `check` needs it.
+
+    Raises ModelError for a model that is not there, is another system's, or describes nothing that can be built.
+    """
+    path, described = checkpoint.recognised(name, system=system, student=student)
+    return checkpoint.skeleton(path, described)
+
+
+def check(system: torch.nn.Module, request: SampleRequest) -> None:
+    """UsageError or InputError for what `sample` would refuse, as far as that shows without weights; see `outline`."""
+    _check_own(system, request)
+    if request.control and hasattr(system, "backbone"):
+        raise UsageError("this model has a ControlNet of its own", hint="leave --control out")
+    if request.guide_model is not None and not getattr(system, "takes_guide", False):
+        raise UsageError("--guide-model: this system takes no model to guide it", hint="diffusion systems do")
+    system.check(request)
 
 
 def train(system: str, *, progress: Callable[[dict], Any] | bool = False, **settings) -> dict:
@@ -105,6 +125,7 @@ def sample(system: str | torch.nn.Module, request: SampleRequest, *, seeds: list
         model = model or default_model(system)
         system = load(model, device=device, dtype=dtype, system=system, student=bool(request.lora), offload=offload,
                       tile=tile)
+    check(system, request)
     with _bar(progress, "step") as update, _dressed(system, request):
         yield from _made(system, request, seeds, batch_size, model, _Watch(update, preview, preview_every, len(seeds)))
 
@@ -129,7 +150,6 @@ class _Watch(NamedTuple):
 
 def _made(system: torch.nn.Module, request: SampleRequest, seeds: list[int], batch_size: int, model: str | None,
           watch: _Watch) -> Iterator[Item]:
-    _check_own(system, request)
     done, more = 0, _guide(system, request)
     while done < len(seeds):
         part = seeds[done:done + batch_size]
@@ -177,8 +197,6 @@ def _dressed(system: torch.nn.Module, request: SampleRequest) -> Iterator[None]:
 def _steered(system: torch.nn.Module, request: SampleRequest) -> contextlib.AbstractContextManager:
     """The system with a ControlNet; UsageError when either cannot."""
     from nexus.process.control import check_control, controlled
-    if hasattr(system, "backbone"):
-        raise UsageError("this model has a ControlNet of its own", hint="leave --control out")
     parameter = next(system.net.parameters())
     control = load(request.control, device=str(parameter.device))
     check_control(system, control)
@@ -186,11 +204,9 @@ def _steered(system: torch.nn.Module, request: SampleRequest) -> contextlib.Abst
 
 
 def _guide(system: torch.nn.Module, request: SampleRequest) -> dict:
-    """The model that the request's guidance leans on, on the system's device; UsageError if the system takes none."""
+    """The model that the request's guidance leans on, on the system's device."""
     if request.guide_model is None:
         return {}
-    if not getattr(system, "takes_guide", False):
-        raise UsageError("--guide-model: this system takes no model to guide it", hint="diffusion systems do")
     return {"guide": load(request.guide_model, device=str(next(system.parameters()).device))}
 
 

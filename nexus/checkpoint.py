@@ -56,9 +56,14 @@ def tensor_bytes(tensors: dict[str, Tensor], description: dict | None = None) ->
     return to_bytes(state, {"nexus": json.dumps(description, sort_keys=True)} if description else None)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has neither a NaN nor an infinity."""
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """ModelError for a tensor with a NaN or an infinity, which no model is saved with."""
-    if tensor.is_floating_point() and not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise ModelError(f"{name} has a value that is not finite; it was not saved")
 
 
@@ -266,9 +271,9 @@ def _buildable(name: str, make: Callable[[], nn.Module]) -> nn.Module:
         raise ModelError(f"{name} is too large to be built: {said:.200}") from None
 
 
-def skeleton(path: Path) -> nn.Module:
+def skeleton(path: Path, described: dict | None = None) -> nn.Module:
     """The system that a model folder or file describes, on the meta device; ModelError when it describes none."""
-    described = read_description(path)
+    described = described or read_description(path)
     with torch.device("meta"):
         built = _buildable(str(path), lambda: catalog.config_class(described["system"])
                            .parse(described["config"]).build())

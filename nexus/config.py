@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Iterable
 from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -81,14 +82,15 @@ def _assign(data: dict, keys: list[str], value: Any, text: str) -> None:
     node = data
     for key in keys[:-1]:
         if key not in node or not isinstance(node[key], dict):
-            raise InputError(f"--set '{text}': there is no section '{key}'", hint=_nearest(key, node))
+            raise InputError(f"--set '{text}': there is no section '{key}'", hint=nearest(key, node))
         node = node[key]
     if keys[-1] not in node:
-        raise InputError(f"--set '{text}': there is no setting '{keys[-1]}'", hint=_nearest(keys[-1], node))
+        raise InputError(f"--set '{text}': there is no setting '{keys[-1]}'", hint=nearest(keys[-1], node))
     node[keys[-1]] = value
 
 
-def _nearest(key: str, known) -> str:
+def nearest(key: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: the nearest one, or all that are known."""
     near = difflib.get_close_matches(key, list(known), 1, cutoff=0.5)
     return f"did you mean '{near[0]}'?" if near else "known settings: " + ", ".join(sorted(known))
 
@@ -100,7 +102,7 @@ def _explain(cls: type[Config], error: ValidationError) -> tuple[str, str]:
     if first["type"] != "extra_forbidden":
         shown = "" if first["type"] == "missing" else f" (got {first['input']!r:.80})"
         return f"{cls.__name__}: {where or 'value'}: {first['msg']}{shown}", "see the system's page for its settings"
-    hint = _nearest(names[-1], section.model_fields.keys() - ({"kind"} if kind else set()))
+    hint = nearest(names[-1], section.model_fields.keys() - ({"kind"} if kind else set()))
     if not kind:
         return f"{cls.__name__}: unknown setting '{where}'", hint
     above = ".".join(names[:-1])

@@ -28,6 +28,9 @@ RECORD_LIMIT = 4 * 2**20
 _STARTS = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3", b"FORM", b"\xff\xfb", b"\xff\xfa", b"\xff\xf3", b"\xff\xf2")
 _KINDS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "AIFF")
 _BROKEN = (soundfile.SoundFileError, OSError, ValueError, RuntimeError, TypeError, OverflowError, MemoryError)
+_SLACK = {"MP3": 2304}                  # samples that its frames, counted beforehand, may be off by
+_CHUNKS = 1000                          # of a file, among which its samples are looked for
+_UNKNOWN = 0x7FFF0000                   # a size from here on means that the writer did not know it
 _CHUNK = 2**16                          # libsndfile's Vorbis encoder keeps what it is given at once on the stack
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
@@ -68,6 +71,9 @@ def _decoded(data: bytes, rate: int | None, channels: int | None, name: str) -> 
             sound = file.read(found.samples, dtype="float32", always_2d=True).T
         except _BROKEN as error:
             raise InputError(f"{name}: the sound is damaged ({_short(error)})", hint="save it anew") from None
+    if sound.shape[1] < found.samples - _SLACK.get(found.form, 0):
+        raise InputError(f"{name} is cut short: {sound.shape[1]:,} of {found.samples:,} samples are there",
+                         hint="copy or download it again")
     if not sound.shape[1]:
         raise InputError(f"{name} holds no sound")
     if not np.isfinite(sound).all():
@@ -98,10 +104,31 @@ def _opened(data: bytes, name: str) -> soundfile.SoundFile:
         if data.startswith(_STARTS):
             file = soundfile.SoundFile(io.BytesIO(data))
             if file.format in _KINDS:
+                _check_whole(data, name)
                 return file
     except _BROKEN:
         pass
     raise InputError(f"{name} is not a sound that can be read", hint="WAV, FLAC, OGG, MP3 and AIFF are")
+
+
+def _check_whole(data: bytes, name: str) -> None:
+    """InputError for a WAV or AIFF whose samples end before they should: libsndfile takes what there is.
+
+    A size that no such file can have is that of a writer who did not know it yet, such as a pipe.
+    """
+    form = data[:4]
+    mark, order = {b"RIFF": (b"data", "little"), b"FORM": (b"SSND", "big")}.get(form, (b"", "big"))
+    place = 12
+    for _ in range(_CHUNKS if mark else 0):
+        if place + 8 > len(data):
+            return
+        size, there = int.from_bytes(data[place + 4:place + 8], order), len(data) - place - 8
+        if data[place:place + 4] == mark:
+            if there < size < _UNKNOWN:
+                raise InputError(f"{name} is cut short: {there:,} of {size:,} bytes of sound are there",
+                                 hint="copy or download it again")
+            return
+        place += 8 + size + size % 2
 
 
 def _checked(file: soundfile.SoundFile, name: str) -> Facts:

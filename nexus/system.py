@@ -32,6 +32,13 @@ class System(Protocol):
         """What is trained, in order."""
         ...
 
+    def check(self, request: SampleRequest) -> None:
+        """UsageError or InputError for what `generate` would refuse, as far as that shows without weights.
+
+        It is also asked of a system on the meta device: before weights are read, and by --dry-run.
+        """
+        ...
+
     def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
         """One item a seed; item i depends on seeds[i] and the request alone. watch(step, steps, x0) sees progress."""
         ...

@@ -143,10 +143,13 @@ def _row(line: int, value: dict | str, base: Path, path: str) -> Row:
 
 def _checked(value: dict, base: Path) -> tuple[dict, dict]:
     """Settings and own keys of one row, validated alone; InputError for an unknown key or a bad value."""
+    from nexus.config import nearest
     from nexus.naming import FLAGS, clean_text
     from nexus.requests import SampleRequest
-    known = {flag: key for key, flag in FLAGS.items()}
-    settings = {known.get(key, key): value[key] for key in value if key not in OWN_KEYS}
+    fields = {FLAGS.get(name, name): name for name in SampleRequest.model_fields}
+    if unknown := [key for key in value if key not in fields and key not in OWN_KEYS]:
+        raise InputError(f"unknown setting '{unknown[0]}'", hint=nearest(unknown[0], (*fields, *OWN_KEYS)))
+    settings = {fields[key]: value[key] for key in value if key not in OWN_KEYS}
     for key, entry in value.items():
         if isinstance(entry, bool):
             raise InputError(f"{key}: true and false are not settings of an item")

@@ -1,4 +1,4 @@
-"""nexus info FILE: what a picture, a sound, a model file or a run folder says about itself."""
+"""nexus info FILE: what a picture, a sound, a film, a model file or a run folder says about itself."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import typer
 
 from nexus.errors import InputError, ModelError, NexusError
 from nexus_cli import options
-from nexus_cli.media import SOUNDS
+from nexus_cli.media import FILM, SOUNDS
 from nexus_cli.output import Output, strict_json
 
 HEADER_LIMIT = 16 * 2**20
@@ -17,7 +17,7 @@ HEADER_LIMIT = 16 * 2**20
 
 def info(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", show_default=False,
-                                                help="Pictures, sounds, .safetensors files, model or run folders.")],
+                                                help="Pictures, sounds, films, .safetensors files, models or runs.")],
     json_lines: options.Json = False,
     color: options.Color = "auto",
 ) -> None:
@@ -46,10 +46,12 @@ def describe(path: Path) -> dict:
         return _folder(path)
     if path.suffix == ".safetensors":
         return _safetensors(path)
+    film = path.suffix.lower() == FILM
     if not os.path.exists(path):        # said at once: what reads a file takes a tenth of a second to import
-        raise InputError(f"there is no {'sound' if SOUNDS.ends(path) else 'picture'} '{path}'", hint="check the path")
-    if SOUNDS.ends(path):
-        return _sound(path)
+        noun = "sound" if SOUNDS.ends(path) else "film" if film else "picture"
+        raise InputError(f"there is no {noun} '{path}'", hint="check the path")
+    if SOUNDS.ends(path) or film:
+        return _sound(path) if SOUNDS.ends(path) else _film(path)
     from nexus.images import read_image, read_record
     record = read_record(path)
     height, width, _ = read_image(path).shape
@@ -63,6 +65,13 @@ def _sound(path: Path) -> dict:
     length = f"{found.samples / found.rate:.2f} s, {found.channels} x {found.rate} samples a second, {found.form}"
     return {"sound": length, "loudness (LUFS)": round(loudness(array, found.rate), 1),
             "peak": round(float(abs(array).max()), 4), **(sounds.read_record(path) or {"settings": "none stored"})}
+
+
+def _film(path: Path) -> dict:
+    from nexus import videos
+    found = videos.facts(path)
+    shape = f"{found.width}x{found.height}, {found.frames} frames, {found.rate:g} a second, MP4"
+    return {"film": shape, **(videos.read_record(path) or {"settings": "none stored"})}
 
 
 def _folder(path: Path) -> dict:

@@ -30,7 +30,10 @@ class Job(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What the flags say: defaults of every job. `name` is the word for {model}, `ext` the one for {ext}."""
+    """What the flags say: defaults of every job. `name` is the word for {model}, `ext` the one for {ext}.
+
+    words: what every prompt ends with.
+    """
 
     system: str
     name: str
@@ -42,6 +45,7 @@ class Asked(NamedTuple):
     exists: str | None
     kind: Kind = PICTURES
     ext: str = "png"
+    words: tuple[str, ...] = ()
 
 
 class Place(NamedTuple):
@@ -89,6 +93,12 @@ def digest(system: str, name: str, settings: dict) -> str:
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
+def worded(settings: dict, words: tuple[str, ...]) -> dict:
+    """Settings whose prompt has these words at its end."""
+    parts = [part for part in (settings.get("prompt"), *words) if part]
+    return settings | {"prompt": ", ".join(parts)} if words else settings
+
+
 def of_flags(asked: Asked) -> tuple[list[Job], Place]:
     """The jobs of a command without a batch file; item k has seed + k."""
     where = place(asked.output, kind=asked.kind)
@@ -132,7 +142,7 @@ def _of_row(asked: Asked, row: Row, where: Place, before: int, twins: dict[str, 
     """A row's identity is its id, or else all that it asks for: lines may move without being made again."""
     if row.error:
         raise row.error
-    settings = {**asked.settings, **row.settings}
+    settings = worded({**asked.settings, **row.settings}, asked.words)
     mark = digest(asked.system, asked.name, {**settings, **row.own})
     twins[mark] = twins.get(mark, 0) + 1
     if twins[mark] > 1 and "id" not in row.own:

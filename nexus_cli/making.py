@@ -103,7 +103,7 @@ def make(jobs: list[Job], engine: Engine, ways: Ways, out: Output) -> None:
     with Interrupts(out, ways.kind.noun) as interrupts, out.guard(), \
             out.tracker(len(jobs), ways.kind.nouns) as tracker:
         work.tracker, work.interrupts = tracker, interrupts
-        for key, group in itertools.groupby(jobs, key=_together):
+        for key, group in itertools.groupby(jobs, key=together):
             if key is None:
                 for job in group:
                     work.not_made(job)
@@ -154,8 +154,9 @@ class _Work:
         request, engine = SampleRequest.parse(jobs[0].settings), self.engine
         model = engine.model or api.default_model(engine.system)
         if self.system is None:
-            if not self.ways.batch:                     # a wrong file is told before a model is loaded for it
+            if not self.ways.batch:                     # what is wrong is told before a model is loaded for it
                 self.ways.kind.check(request)
+                api.check(outlined(engine, request), request)
             self.system = api.load(model, device=engine.device, dtype=engine.dtype, system=engine.system,
                                    student=bool(request.lora), offload=engine.offload, tile=engine.tile)
             self.loaded = time.monotonic()
@@ -311,13 +312,20 @@ def beside(job: Job, template: Template) -> Path:
                                   "prompt": job.settings.get("prompt") or ""}))
 
 
-def _together(job: Job) -> str | None:
+def together(job: Job) -> str | None:
     """Neighbours of one key are made by one request; None: there is nothing to make."""
     return None if job.skip or job.error else json.dumps(job.settings, sort_keys=True, default=str)
 
 
 def _columns(count: int) -> int:
     return next(columns for columns in itertools.count(1) if columns * columns >= count)
+
+
+def outlined(engine: Engine, request) -> Any:
+    """The engine's system without weights, as `api.check` needs it."""
+    from nexus import api
+    return api.outline(engine.model or api.default_model(engine.system), system=engine.system,
+                       student=bool(request.lora))
 
 
 def _known(error: Exception) -> NexusError:

@@ -69,7 +69,10 @@ def _look_at_picture(item):
 
 
 def _picture_record(path: Path) -> dict | None:
-    from nexus.images import read_record
+    if Path(path).suffix.lower() == FILM:
+        from nexus.videos import read_record
+    else:
+        from nexus.images import read_record
     return read_record(path)
 
 

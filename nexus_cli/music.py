@@ -1,5 +1,6 @@
 """nexus music: pieces of music from a text, a melody or a beginning."""
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ import typer
 
 from nexus.errors import ModelError, UsageError
 from nexus_cli import options, parse, plan
+from nexus_cli.jobs import worded
 from nexus_cli.making import Engine
 from nexus_cli.media import PICTURES, SOUNDS, Style
 from nexus_cli.options import FILES, HOW, WHAT, option
@@ -96,12 +98,15 @@ def music(
     """Make music. Piece k of a prompt has the seed + k and is the same whatever the batch size."""
     flags = dict(locals())
     out = plan.output_of(flags)
-    plan.check_flags(flags, SOUNDS, streams=("melody", "continued"), clashes=(("batch", "bpm"), ("batch", "in_key")))
+    plan.check_flags(flags, SOUNDS, streams=("melody", "continued"))
     style = Style(_format(flags), bits, level)
     with ExitStack() as stack:
         settings, model, seed = _settings(flags, out, stack)
         system = _system(model)
-        asked = plan.asked_for(system, model, settings, seed, flags, SOUNDS, ext=style.form.lower())
+        words = _words(flags)
+        if batch is None:                               # a row's own prompt gets them after it is read
+            settings, words = worded(settings, words), ()
+        asked = plan.asked_for(system, model, settings, seed, flags, SOUNDS, ext=style.form.lower(), words=words)
         ways = plan.ways_of(flags, SOUNDS, style=style, beside=_template(spectrogram))
         plan.carry_out(asked, Engine(system, model, device, dtype, batch_size or 4), ways, flags, out)
 
@@ -122,13 +127,11 @@ def _format(flags: dict) -> str:
 def _settings(flags: dict, out, stack: ExitStack) -> tuple[dict, str | None, int | None]:
     """The request's fields from --like and the flags, the model and the seed; every input file is there."""
     stored, model, seed = plan.like(flags["like"], SOUNDS, out) if flags["like"] else ({}, None, None)
+    if stored.get("prompt"):
+        stored["prompt"] = _unsaid(stored["prompt"], flags)
     settings = plan.gathered(flags, PASSED, stored)
     if "continued" not in settings:                     # without a length, a sound is gone on with by the model's own
         settings = {"duration": SECONDS} | settings
-    helped = [settings.get("prompt"), flags["in_key"] and f"in {flags['in_key']}",
-              flags["bpm"] and f"{flags['bpm']} bpm"]
-    if any(helped):
-        settings["prompt"] = ", ".join(part for part in helped if part)
     if settings.get("duration", 0) > 3600:
         raise UsageError(f"--duration {settings['duration']:g}: a piece lasts at most an hour", hint="--duration 1h")
     for name in ("melody", "continued"):
@@ -138,6 +141,20 @@ def _settings(flags: dict, out, stack: ExitStack) -> tuple[dict, str | None, int
     if flags["seed"] is not None or flags["seeds"] is not None:
         seed = flags["seed"]
     return settings, plan.model_there(flags["model"] or model), seed
+
+
+def _words(flags: dict) -> tuple[str, ...]:
+    """What --key and --bpm add to a prompt."""
+    said = flags["in_key"] and f"in {flags['in_key']}", flags["bpm"] and f"{flags['bpm']} bpm"
+    return tuple(part for part in said if part)
+
+
+def _unsaid(prompt: str, flags: dict) -> str:
+    """A prompt made before without the tempo or key that flags set anew."""
+    from nexus.keys import MODES, TONICS
+    said = [pattern for name, pattern in (("bpm", r"[0-9]+ bpm"),
+                                          ("in_key", f"in ({'|'.join(TONICS)}) ({'|'.join(MODES)})")) if flags[name]]
+    return ", ".join(part for part in prompt.split(", ") if not any(re.fullmatch(one, part) for one in said))
 
 
 def _system(model: str | None) -> str:

@@ -130,7 +130,7 @@ def duration(text) -> float:
         raise typer.BadParameter(f"'{text}' is not a time like 90s, 15m, 3h or 1h30m")
     total = sum(float(part or 0) * unit for part, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
     if not 0 < total <= 366 * 86400:
-        raise typer.BadParameter(f"'{text}' is not between 1 second and 1 year")
+        raise typer.BadParameter(f"'{text}' is no time above 0 and up to a year")
     return total
 
 

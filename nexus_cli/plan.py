@@ -8,12 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from nexus.atomic import check_target
-from nexus.errors import InputError, ModelError, PartialError, UsageError
+from nexus.errors import InputError, ModelError, NexusError, PartialError, UsageError
 from nexus.naming import flag_of
 from nexus_cli import batch as batches
 from nexus_cli import jobs as planning
 from nexus_cli import parse
-from nexus_cli.making import Engine, Ways, beside, check_grid, done_before, make
+from nexus_cli.making import Engine, Ways, beside, check_grid, done_before, make, outlined, together
 from nexus_cli.media import PICTURES, Kind
 from nexus_cli.needs import needed
 from nexus_cli.output import Output, strict_json
@@ -111,11 +111,14 @@ def like(path: str, kind: Kind, out: Output) -> tuple[dict, str | None, int | No
 
 
 def asked_for(system: str, model: str | None, settings: dict, seed: int | None, flags: dict, kind: Kind,
-              ext: str = "") -> planning.Asked:
-    """What the flags ask for. model: None = the system's own; ext: what {ext} is, "" = the kind's usual one."""
+              ext: str = "", words: tuple[str, ...] = ()) -> planning.Asked:
+    """What the flags ask for. model: None = the system's own; ext: what {ext} is, "" = the kind's usual one.
+
+    words: what every prompt of a batch ends with.
+    """
     return planning.Asked(system, planning.short_name(model) if model else system, settings, flags["seeds"], seed,
                           flags["num"], None if flags["output"] == "-" else flags["output"],
-                          "overwrite" if flags["force"] else flags["exists"], kind, ext or kind.endings[0][1:])
+                          "overwrite" if flags["force"] else flags["exists"], kind, ext or kind.endings[0][1:], words)
 
 
 def ways_of(flags: dict, kind: Kind, **more) -> Ways:
@@ -195,8 +198,36 @@ def _check_beside(jobs: list, ways: Ways) -> None:
         check_target(path, exists="overwrite" if ways.overwrite else "error")
 
 
+def _refused(jobs: list, engine: Engine, ways: Ways) -> list:
+    """The jobs, those of a batch that the model would refuse with their error; a single one's is raised."""
+    from nexus import api
+    from nexus.requests import SampleRequest
+    systems, found = {}, {}
+    for job in jobs:
+        key = together(job)
+        if key is None or key in found:
+            continue
+        request = SampleRequest.parse(job.settings)
+        student = bool(request.lora)
+        if student not in systems:                      # a model that is not there ends the run, not an item of it
+            systems[student] = outlined(engine, request)
+        try:
+            found[key] = None
+            ways.kind.check(request)
+            api.check(systems[student], request)
+        except NexusError as error:
+            if not ways.batch or ways.stop_on_error:
+                raise
+            found[key] = error
+    return [job._replace(error=found.get(together(job))) if not job.error else job for job in jobs]
+
+
 def _show(jobs: list, engine: Engine, ways: Ways, out: Output) -> None:
-    """What a run would do, as lines like those of a run, and the memory that pictures need."""
+    """What a run would do, as lines like those of a run, and the memory that pictures need.
+
+    What it would refuse is raised here, or told of a batch's items as the run would.
+    """
+    jobs = _refused(jobs, engine, ways)
     ready = [job for job in jobs if not job.skip and not job.error]
     memory, short = needed(ready, engine, out) if ways.kind is PICTURES else ({}, None)
     for job in jobs:
@@ -205,6 +236,8 @@ def _show(jobs: list, engine: Engine, ways: Ways, out: Output) -> None:
                   "settings": job.settings, **({"error": str(job.error)} if job.error else {}),
                   **({"memory": memory} if memory and status == "planned" else {})}
         out.line(strict_json(record)) if out.json_lines else out.line(f"{status}  {job.path or '-'}")
+        if job.error:
+            out.note(f"failed: {job.error}")
     bad = sum(bool(job.error) for job in jobs)
     out.note(f"{len(ready)} to make, {len(jobs) - len(ready) - bad} there already, {bad} bad")
     if bad:

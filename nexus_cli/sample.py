@@ -170,9 +170,6 @@ def _check_combinations(flags: dict, kind: Kind) -> None:
     plan.check_flags(flags, kind, streams=("image",),
                      clashes=(("size", "width"), ("size", "height"), *(("outpaint", name) for name in SIZES)),
                      needs=(("image", "strength"), ("image", "mask"), ("image", "outpaint")))
-    if str(flags["output"]).lower().endswith(FILM) and flags["interpolate"] is None:
-        raise UsageError(f"--output '{flags['output']}': one picture makes no film",
-                         hint="--interpolate 24, or another ending")
     preview = flags["preview"]
     if preview is not None and kind is not PICTURES:
         raise UsageError(f"--preview shows pictures in the making, and this is a {kind.noun}", hint="leave it out")
@@ -189,6 +186,9 @@ def _settings(flags: dict, kind: Kind, out: Output, stack: ExitStack) -> tuple[d
     if settings.get("image") == "-":
         settings["image"] = plan.stdin_file("the picture", PICTURE_LIMIT, stack)
     plan.check_paths(settings)
+    if str(flags["output"]).lower().endswith(FILM) and flags["batch"] is None and "interpolate" not in settings:
+        raise UsageError(f"--output '{flags['output']}': one picture makes no film",
+                         hint="--interpolate 24, or another ending")
     for key in batches.FILE_LISTS:
         if flags[key]:
             settings[key] = list(flags[key])

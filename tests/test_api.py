@@ -106,6 +106,9 @@ class Full(torch.nn.Module):
         super().__init__()
         self.vae, self.room = VAEConfig.preset("tiny").build(), room
 
+    def check(self, request):
+        self.vae.check(request)
+
     def generate(self, request, *, seeds, watch=None):
         if len(seeds) > self.room:
             torch.empty(1 << 60, dtype=torch.uint8)                     # the allocator's own words

@@ -183,6 +183,30 @@ def test_missing_files_folders_and_numbers_that_are_none(tmp_path):
         sounds.decode(buffer.getvalue())
 
 
+@pytest.mark.parametrize("form", ["WAV", "FLAC", "MP3", "AIFF"])
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_a_sound_that_is_cut_short_is_refused(form, share):
+    sound = tone(440, 3.0)
+    if form == "AIFF":
+        buffer = io.BytesIO()
+        soundfile.write(buffer, sound.T, RATE, format="AIFF")
+        data = buffer.getvalue()
+    else:
+        data = sounds.encode_sound(sound, RATE, form)
+    assert sounds.decode(data).shape == sound.shape
+    with pytest.raises(InputError, match="cut short|damaged"):
+        sounds.decode(data[:int(len(data) * share)])
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFF0])
+def test_a_size_that_its_writer_did_not_know_is_no_damage(size):
+    data = bytearray(whole_wav())
+    at = data.index(b"data") + 4
+    data = data[:at + 4 + struct.unpack_from("<I", data, at)[0]]
+    data[at:at + 4] = struct.pack("<I", size)
+    assert sounds.decode(bytes(data)).shape == sounds.decode(whole_wav()).shape
+
+
 def test_limits(monkeypatch):
     monkeypatch.setattr(sounds, "SECONDS_LIMIT", 0.4)
     with pytest.raises(InputError, match="too long"):

@@ -7,8 +7,8 @@ import av
 import numpy as np
 import pytest
 
-from nexus.errors import UsageError
-from nexus.videos import RATE, encode_mp4
+from nexus.errors import InputError, UsageError
+from nexus.videos import RATE, Facts, encode_mp4, facts, read_record
 
 
 def frames(n=6, high=33, wide=48, channels=3):
@@ -35,3 +35,16 @@ def test_frames_come_back(channels):
 def test_other_arrays_are_refused(bad):
     with pytest.raises(UsageError):
         encode_mp4(bad)
+
+
+def test_the_record_and_the_facts_are_read(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(encode_mp4(frames(), {"seed": 7}))
+    assert read_record(tmp_path / "a.mp4") == {"schema": "nexus/1", "seed": 7}
+    assert facts(tmp_path / "a.mp4") == Facts(48, 32, 6, RATE) and read_record(encode_mp4(frames())) is None
+
+
+@pytest.mark.parametrize("data", [b"", b"no", encode_mp4(frames())[:400]])
+def test_what_is_no_film_is_refused(data):
+    for read in (read_record, facts):
+        with pytest.raises(InputError, match="not a film"):
+            read(data)

@@ -179,7 +179,7 @@ class EncodecNet(nn.Module):
 
         Raises ModelError for a codec whose ids do not say all, InputError for another number of channels.
         """
-        self._only_ids()
+        self.check_ids()
         return self._rows(self.quantizer.encode(self.latents(self._heard(x)), count))
 
     def from_codes(self, ids: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ class EncodecNet(nn.Module):
 
         Raises ModelError as `codes` does.
         """
-        self._only_ids()
+        self.check_ids()
         return self._made(self.decode_latents(self.quantizer.decode(self._unrowed(ids))))
 
     def encode(self, x: Tensor, count: int | None = None) -> list[Encoded]:
@@ -234,7 +234,8 @@ class EncodecNet(nn.Module):
         size = int(self.config.segment * self.config.rate)
         return size, max(1, int((1 - self.config.overlap) * size))
 
-    def _only_ids(self) -> None:
+    def check_ids(self) -> None:
+        """ModelError for a codec whose ids do not say all."""
         if self.config.normalize or self.config.segment:
             raise ModelError("this codec keeps the loudness of each segment, which ids alone do not say",
                              hint="encode and decode, or a codec without net.normalize and net.segment")

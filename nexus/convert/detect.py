@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import json
+import math
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -88,9 +89,24 @@ def _read_folder(folder: Path, temporary: Path) -> Source:
     if config is not None and (folder.parent / "model_index.json").exists():    # one network serves several systems
         config = config | {"_pipeline": json_of(folder.parent / "model_index.json").get("_class_name")}
     tensors: dict[str, Stored] = {}
-    for file in _weight_files(folder):
+    for prefix, file in _both_ways(folder) if config is None else ():
+        tensors |= {prefix + key: at for key, at in _read_file(file, temporary).items()}
+    for file in _weight_files(folder) if not tensors else ():
         tensors |= _read_file(file, temporary)
     return Source(folder, tensors, config)
+
+
+def _both_ways(folder: Path) -> list[tuple[str, Path]]:
+    """The generators of both ways in a folder of junyanz' training, those of the newest epoch, with what tells them."""
+    pairs = [(first, first.with_name(first.name.replace("_net_G_A.", "_net_G_B."))) for first in
+             sorted(folder.glob("*_net_G_A.*"), key=lambda p: _epoch(p.name)) if first.suffix in SUFFIXES]
+    whole = [pair for pair in pairs if pair[1].is_file()]
+    return list(zip(("A.", "B."), whole[-1], strict=True)) if whole else []
+
+
+def _epoch(name: str) -> float:
+    number = name.partition("_")[0]
+    return int(number) if number.isdecimal() else math.inf
 
 
 def index_of(folder: Path) -> Path | None:

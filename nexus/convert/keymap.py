@@ -49,7 +49,8 @@ def _fill(pattern: str, index: tuple[str, ...]) -> str:
     return pattern
 
 
-def _foreign(row: Row) -> tuple[str, ...]:
+def foreign_keys(row: Row) -> tuple[str, ...]:
+    """The foreign keys of a row, one or several."""
     return (row.foreign,) if isinstance(row.foreign, str) else row.foreign
 
 
@@ -74,7 +75,7 @@ def to_native(table: list[Row], state: Mapping[str, Tensor]) -> dict[str, Tensor
     """Foreign state dict -> native. Every key is used exactly once; a left-over or missing one is a ModelError."""
     out = {}
     for key, row, names in parts_of(table, state):
-        parts = len(_foreign(row))
+        parts = len(foreign_keys(row))
         tensors = [_regroup(_IN[row.op](state[name]), row.heads, 3) for name in names[:parts]]
         out[key] = tensors[0] if parts == 1 else torch.cat(tensors)
         for copy in names[parts:]:
@@ -87,7 +88,7 @@ def parts_of(table: list[Row], keys: Iterable[str]) -> list[tuple[str, Row, list
     """Each native key with its row and the foreign keys that it is made of, repeats last; raises as `to_native`."""
     left, out = dict.fromkeys(keys), []
     for row in table:
-        parts = _foreign(row)
+        parts = foreign_keys(row)
         for key in [k for k in left if _match(parts[0], k) is not None]:
             index = _match(parts[0], key)
             names = [_fill(p, index) for p in parts]
@@ -109,7 +110,7 @@ def _copies(row: Row, index: tuple[str, ...], left: Iterable[str]) -> list[str]:
 
 def _surplus(table: list[Row], left: Mapping[str, Any]) -> ModelError:
     key = min(left)
-    near = difflib.get_close_matches(re.sub(r"\d+", "*", key), [_foreign(r)[0] for r in table], 1)
+    near = difflib.get_close_matches(re.sub(r"\d+", "*", key), [foreign_keys(r)[0] for r in table], 1)
     return ModelError(f"{len(left)} keys of the checkpoint have no place in this layout, the first is {key}",
                       hint=f"the nearest known key is {near[0]}" if near else "is it a checkpoint of another system?")
 
@@ -121,7 +122,7 @@ def to_foreign(table: list[Row], state: Mapping[str, Tensor], *, copies: int = 0
         row, index = next(((r, m) for r in table if (m := _match(r.native, key)) is not None), (None, ()))
         if row is None:
             raise ModelError(f"no row of the layout writes the native key {key}")
-        parts = _foreign(row)
+        parts = foreign_keys(row)
         tensor = _regroup(tensor, 3, row.heads) if row.heads else tensor
         ratio = row.ratio or (1,) * len(parts)
         unit = len(tensor) // sum(ratio) if len(parts) > 1 else 0

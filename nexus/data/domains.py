@@ -55,24 +55,36 @@ class TwoSets:
         return batch | {"other": other, "index": torch.as_tensor(indices)}
 
 
-def open_for(config: Config, spec: str, **options) -> ImageSet | TwoSets | AudioSet:
-    """What `--data` names, as a system of this Config learns from it; options: of the set (split).
+def open_for(config: Config, spec: str, *, load: int = 0, **options) -> ImageSet | TwoSets | AudioSet:
+    """What `--data` names, as a system of this Config learns from it. load: see `open_data`; options: the split.
 
     Sounds for a Config whose `medium` is "audio", at its `rate`, `channels` and `seconds`; else pictures of its
     `image_size` and `image_channels`, one set or as its `domains` say. Raises as `open_data` and `open_audio`.
     """
     if getattr(config, "medium", "image") == "audio":
+        if load:
+            raise UsageError(f"train.load={load}: sounds have no side", hint="train.load=0")
         return open_audio(spec, rate=config.rate, channels=config.channels, seconds=config.seconds, **options)
-    return open_data(spec, size=getattr(config, "image_size", None), channels=getattr(config, "image_channels", None),
-                     domains=getattr(config, "domains", None), **options)
+    return open_data(spec, load=load, size=getattr(config, "image_size", None),
+                     channels=getattr(config, "image_channels", None), domains=getattr(config, "domains", None),
+                     **options)
 
 
-def open_data(spec: str, *, domains: str | None = None, **options) -> ImageSet | TwoSets:
+def open_data(spec: str, *, domains: str | None = None, load: int = 0, size: int | None = None,
+              **options) -> ImageSet | TwoSets:
     """The set or the two sets that `--data` names, opened as `open_images` does.
 
-    domains: "unaligned" or "aligned" for a system that learns from two. Raises UsageError where their number is wrong,
-    InputError where no picture of one set has a counterpart in the other.
+    domains: "unaligned" or "aligned" for a system that learns from two. load: the side that pictures are read at, of
+    which a random part of `size` is taken. Raises UsageError where the number of sets is wrong, or load is less than
+    size, InputError where no picture of one set has a counterpart in the other.
     """
+    if load and (size is None or load < size):
+        raise UsageError(f"train.load={load}: a part of {size or 'unknown'} pixels cannot be taken of such pictures",
+                         hint=f"train.load={round((size or 256) * 286 / 256)}, or 0 to read them at their size")
+
+    def opened(part: str) -> ImageSet:
+        images = open_images(part, size=load or size, **options)
+        return images.cropped(size) if load else images
     parts = split_spec(spec)
     if domains is None and len(parts) > 1:
         raise UsageError(f"--data '{spec}' is two sets, but this system learns from one", hint="name one set")
@@ -80,8 +92,8 @@ def open_data(spec: str, *, domains: str | None = None, **options) -> ImageSet |
         raise UsageError(f"--data '{spec}' is one set, but this system learns from two kinds of pictures",
                          hint="--data A_FOLDER,B_FOLDER or emoji:STYLE,emoji:STYLE")
     if domains is None:
-        return open_images(parts[0], **options)
-    a, b = (open_images(part, **options) for part in parts)
+        return opened(parts[0])
+    a, b = map(opened, parts)
     return TwoSets(a, b, counterparts(a, b, spec) if domains == "aligned" else None)
 
 

@@ -66,12 +66,18 @@ class ImageSet:
         self.skipped = list(skipped)  # (name, reason) of every picture that was left out
         self._load = load
         self.pad = pad  # the background that a shift uncovers; None repeats the edge
+        self.cut = 0  # side of the part of a picture that a batch takes; 0 = all of it
 
     def __len__(self) -> int:
         return len(self.captions)
 
+    def cropped(self, side: int) -> "ImageSet":
+        """This set, of whose pictures batches take a random part of side x side pixels, without an rng the middle."""
+        self.cut, self.facts = side, self.facts._replace(size=side)
+        return self
+
     def get(self, i: int) -> np.ndarray:
-        """Picture i -> uint8 [H, W, C]; raises InputError if its file has changed or gone since opening."""
+        """Picture i, as opened -> uint8 [H, W, C]; raises InputError if its file has changed or gone since."""
         return self._load(i)
 
     def batch(self, indices: list[int], rng: torch.Generator | None = None, *,
@@ -84,6 +90,8 @@ class ImageSet:
         if shift < 0 or not 0 <= flip <= 1 or (rng is None and (shift or flip)):
             raise ValueError(f"expected shift >= 0, 0 <= flip <= 1 and an rng, got {shift}, {flip} and {rng}")
         images = [self.get(i) for i in indices]
+        if self.cut:
+            images = [_part(x, self.cut, rng) for x in images]
         if shift:
             moves = torch.randint(-shift, shift + 1, (len(images), 2), generator=rng).tolist()
             images = [_shifted(x, dy, dx, self.pad) for x, (dy, dx) in zip(images, moves, strict=True)]
@@ -99,6 +107,13 @@ class ImageSet:
         label, style = torch.from_numpy(self.labels)[index], torch.from_numpy(self.style_ids)[index]
         caption = [self.captions[i] for i in indices]
         return {"label": label, "style": style, "caption": caption, "index": index}
+
+
+def _part(x: np.ndarray, side: int, rng: torch.Generator | None) -> np.ndarray:
+    """side x side pixels of x [H, W, C], at a place drawn from rng, or in the middle."""
+    room = [n - side for n in x.shape[:2]]
+    top, left = (n // 2 if rng is None else int(torch.randint(n + 1, (), generator=rng)) for n in room)
+    return x[top:top + side, left:left + side]
 
 
 def _shifted(x: np.ndarray, dy: int, dx: int, pad: int | None) -> np.ndarray:

@@ -21,15 +21,15 @@ TOGETHER = 8    # sounds, likewise
 class LatentSet:
     """Batches like those of its ImageSet, with "latent" [B, C, h, w] float32 in place of "image".
 
-    encode: pictures [B, C, H, W] in [-1, 1] -> latents. variants: how many randomly shifted (by up to `shift` pixels)
-    and mirrored copies of every picture are made; a batch takes one of them at random. keep: makes all parts, or reads
-    those that are kept. watch: is told pictures.
+    encode: pictures [B, C, H, W] in [-1, 1] -> latents. variants: how many randomly cropped, shifted (by up to `shift`
+    pixels) and mirrored copies of every picture are made; a batch takes one of them at random. keep: makes all parts,
+    or reads those that are kept. watch: is told pictures.
     """
 
     def __init__(self, images: ImageSet, encode: Callable[[Tensor], Tensor], *, shift: int = 0, flip: float = 0.0,
                  variants: int = 1, keep: Keep = unkept, watch: Watch = lambda done, total: None):
         self.images, self.facts = images, images.facts
-        copies, chunks = variants if shift or flip else 1, -(-len(images) // CHUNK)
+        copies, chunks = variants if shift or flip or images.cut else 1, -(-len(images) // CHUNK)
 
         def make(number: int) -> list[Tensor]:
             variant, start = number // chunks, number % chunks * CHUNK

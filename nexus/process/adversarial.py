@@ -25,7 +25,7 @@ from nexus.nn.gan_resnet import LATENT_CRITIC, LATENT_NET, LATENT_NORMED, ResCri
 from nexus.nn.projected import ProjectedCritic, ProjectedCriticConfig
 from nexus.phase import Phase
 from nexus.process.codec import SHARED_CODEC, CodecConfig, decoded, encoded, unclipped
-from nexus.process.latents import codes
+from nexus.process.latents import check_codes, codes
 from nexus.process.looked_through import check_seen, looked_through
 from nexus.requests import ONE_STEP, SampleRequest, refuse
 from nexus.rng import generator
@@ -236,15 +236,22 @@ class Adversarial(nn.Module):
     def _draw(self, real: Tensor, rng: torch.Generator) -> Tensor:
         return torch.randn(len(real), self.config.net.latents, generator=rng).to(real)
 
+    def check(self, request: SampleRequest) -> None:
+        """InputError for a prompt that the model cannot follow, UsageError for what steers other models."""
+        if self.conditioner is None and request.prompt is not None:
+            raise InputError("this model is unconditional: it takes no prompt", hint="leave --prompt out")
+        refuse(request, self.takes, ONE_STEP)
+        check_codes(request)
+        if request.prompt is not None:
+            self.conditioner.check(request.prompt)
+
     @torch.inference_mode()
     def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
         """One picture a seed, or a walk of K pictures. Without a prompt the class is drawn by the seed.
 
-        Raises InputError for a prompt that the model cannot follow, UsageError for what steers other models.
+        Raises as `check` does, and InputError for a noise file that does not fit.
         """
-        if self.conditioner is None and request.prompt is not None:
-            raise InputError("this model is unconditional: it takes no prompt", hint="leave --prompt out")
-        refuse(request, self.takes, ONE_STEP)
+        self.check(request)
         weight = next(self.net.parameters())
         z = codes(request, seeds, self.config.net.latents)
         cond, notes = self._asked(request, seeds, weight.device)

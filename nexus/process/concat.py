@@ -45,17 +45,20 @@ class InpaintConcat(Config):
         mask = random_masks(len(image), *image.shape[2:], rng, self.full).to(image.device)
         return hidden(image, mask, encode)
 
+    def check(self, request: SampleRequest, shape: tuple[int, int, int]) -> None:
+        """UsageError for a picture without a mask."""
+        if request.image is not None and request.mask is None and request.outpaint is None:
+            raise UsageError("this model paints in what a mask shows, and there is none", hint="add --mask FILE")
+
     def given(self, request: SampleRequest, shape: tuple[int, int, int], system, noise: ItemNoise, n: int,
               device: torch.device) -> Given:
-        """The request's picture and mask, or a mask of everything; UsageError for a picture without a mask."""
+        """The request's picture and mask, or a mask of everything."""
         c = system.config
         known = read_known(request, shape, c, device)
         if known is None:
             factor = c.codec.net.factor if c.codec else 1
             nothing = torch.zeros(1, c.image_channels, shape[1] * factor, shape[2] * factor, device=device)
             return Given(_rows(hidden(nothing, torch.ones_like(nothing[:, :1]).bool(), system.encode), n), None)
-        if known.mask is None:
-            raise UsageError("this model paints in what a mask shows, and there is none", hint="add --mask FILE")
         return Given(_rows(hidden(known.picture, known.mask, system.encode), n), known)
 
 
@@ -77,15 +80,18 @@ class UpscaleConcat(Config):
         level = torch.rand(len(image), generator=rng).to(image.device)
         return enlarged(low, level, torch.randn(low.shape, generator=rng).to(low), image.shape[2:], encode)
 
-    def given(self, request: SampleRequest, shape: tuple[int, int, int], system, noise: ItemNoise, n: int,
-              device: torch.device) -> Given:
-        """The request's picture at the run's size / factor; UsageError for a size or settings that do not fit."""
+    def check(self, request: SampleRequest, shape: tuple[int, int, int]) -> None:
+        """UsageError for a size or settings that do not fit."""
         for name in ("mask", "outpaint", "strength"):
             if getattr(request, name) is not None:
                 raise UsageError(f"--{name} has no meaning with a model that enlarges pictures", hint="leave it out")
         if shape[1] % self.factor or shape[2] % self.factor:
             raise UsageError(f"this model enlarges {self.factor} times: {shape[2]}x{shape[1]} is no multiple of it",
                              hint="another --size")
+
+    def given(self, request: SampleRequest, shape: tuple[int, int, int], system, noise: ItemNoise, n: int,
+              device: torch.device) -> Given:
+        """The request's picture at the run's size / factor."""
         c = system.config
         factor = c.codec.net.factor if c.codec else 1
         known = read_known(request, (shape[0], shape[1] // self.factor, shape[2] // self.factor), c, device)

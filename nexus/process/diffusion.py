@@ -30,7 +30,7 @@ from nexus.process.predictions import (
 )
 from nexus.process.schedules import Grid, grid, tail
 from nexus.process.sources import read_known, read_noise
-from nexus.process.steer import OWN_SCALES, Task, beside, cached, scale_of, steered
+from nexus.process.steer import OWN_SCALES, Task, beside, cached, check_steering, scale_of, steered
 from nexus.requests import SampleRequest
 from nexus.rng import ItemNoise
 from nexus.text.conditioner import LabelCondConfig, NoCondConfig, TextCondConfig, dropped
@@ -237,6 +237,21 @@ class Diffusion(nn.Module):
             used["guidance"] = scale_of(c, request)
         return {name: value for name, value in used.items() if getattr(request, name) is None}
 
+    def check(self, request: SampleRequest) -> None:
+        """InputError or UsageError for what this model cannot do, as far as that shows without weights."""
+        c = self.config
+        if request.prompt is not None and self.conditioner is None and request.guidance_kind != "classifier":
+            raise InputError("this model is unconditional: it takes no prompt", hint="leave --prompt out")
+        shape = self.run_shape(request)
+        if c.concat is not None:
+            c.concat.check(request, shape)
+        self._points(request, shape)
+        self._check_steering(request)
+
+    def _check_steering(self, request: SampleRequest) -> None:
+        check_steering(self, request)
+        samplers.check_sampler(request.sampler or self.config.sampler, request.eta)
+
     @torch.no_grad()
     def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None,
                  guide: nn.Module | None = None) -> Media:
@@ -244,9 +259,8 @@ class Diffusion(nn.Module):
 
         guide: the loaded system that request.guide_model names.
         """
+        self.check(request)
         device = next(self.net.parameters()).device
-        if request.prompt is not None and self.conditioner is None and request.guidance_kind != "classifier":
-            raise InputError("this model is unconditional: it takes no prompt", hint="leave --prompt out")
         run = self._prepare(request, seeds, device)
         if run.grid.steps == 0:
             return Media("image", self._finish(run.start, run))
@@ -272,28 +286,41 @@ class Diffusion(nn.Module):
         noise = ItemNoise(seeds)
         drawn = noise.draw(shape) if request.initial_noise is None else read_noise(request.initial_noise, shape, seeds)
         drawn = drawn.to(device)
-        steps, schedule = request.steps or c.steps, request.schedule or c.schedule
-        short = getattr(c.path, "ends_at_first", False) and (request.sampler or c.sampler) in samplers.ENDS_AT_FIRST
-        points = grid(c.path, c.path.times(steps, schedule=schedule, shape=shape), to_data=not short)
+        points = self._points(request, shape)
         concat, known = (None, read_known(request, shape, c, device)) if c.concat is None else \
             c.concat.given(request, shape, self, noise, len(seeds), device)
-        if known is None or (concat is not None and request.strength in (None, 1)):
+        if known is None or not self._redoes(request):
             first = float(points.sigma[0])
             scale = c.path.start(first) if isinstance(c.path, DiscretePath) else first
             return Run(noise, points, scale * drawn, None, None, known and (known.mask, known.picture), concat)
         x0 = self.encode(known.picture)
-        usual = DEFAULT_STRENGTH if known.mask is None else 1.0     # a hole is filled from pure noise
-        strength = usual if request.strength is None else request.strength
-        points = self._tail(points, strength)
-        if strength > 0 and points.steps == 0:
-            raise UsageError(f"--strength {strength:g} of {steps} steps is less than one step: nothing would change",
-                             hint=f"--steps {math.ceil(1 / strength)} or more, or a greater --strength")
         start = self._start(points, x0, drawn, known.mask is not None)
         if known.mask is None or concat is not None:        # a network that sees the mask needs no help at each step
             pixels = None if known.mask is None else (known.mask, known.picture)
             return Run(noise, points, start, None, None, pixels, concat)
         small = F.adaptive_max_pool2d(known.mask.float(), shape[1:]).bool()
         return Run(noise, points, start, small, x0.expand_as(drawn), (known.mask, known.picture))
+
+    def _redoes(self, request: SampleRequest) -> bool:
+        """Whether a run begins at the request's picture, noised, and not at noise alone."""
+        return request.image is not None and (self.config.concat is None or request.strength not in (None, 1))
+
+    def _points(self, request: SampleRequest, shape: tuple[int, int, int]) -> Grid:
+        """The levels of noise of a run, of its end alone where it begins at a picture. UsageError for too few steps."""
+        c = self.config
+        steps, schedule = request.steps or c.steps, request.schedule or c.schedule
+        short = getattr(c.path, "ends_at_first", False) and (request.sampler or c.sampler) in samplers.ENDS_AT_FIRST
+        points = grid(c.path, c.path.times(steps, schedule=schedule, shape=shape), to_data=not short)
+        if not self._redoes(request):
+            return points
+        holed = request.mask is not None or request.outpaint is not None
+        usual = 1.0 if holed else DEFAULT_STRENGTH                  # a hole is filled from pure noise
+        strength = usual if request.strength is None else request.strength
+        points = self._tail(points, strength)
+        if strength > 0 and points.steps == 0:
+            raise UsageError(f"--strength {strength:g} of {steps} steps is less than one step: nothing would change",
+                             hint=f"--steps {math.ceil(1 / strength)} or more, or a greater --strength")
+        return points
 
     def _start(self, points: Grid, x0: Tensor, drawn: Tensor, masked: bool) -> Tensor:
         """Where a run [N, C, H, W] begins that changes a picture x0 [1, C, H, W]; masked: or a part of it."""

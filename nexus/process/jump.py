@@ -15,7 +15,7 @@ from nexus.process.consistency import DISTANCES, multistep, replayed
 from nexus.process.diffusion import Diffusion, DiffusionConfig, Run, check_teacher
 from nexus.process.predictions import clipped
 from nexus.process.schedules import Grid, grid, tail
-from nexus.process.steer import check_class
+from nexus.process.steer import check_prompts
 from nexus.requests import SampleRequest, refuse
 from nexus.text.conditioner import Cond, dropped
 
@@ -137,11 +137,16 @@ class Consistency(Diffusion):
     def _guides(self) -> bool:
         return bool(getattr(self.config.net, "guidance_dim", 0))
 
+    def _check_steering(self, request: SampleRequest) -> None:
+        """UsageError for what steers a sampler of many steps, InputError for a prompt that cannot be followed."""
+        refuse(request, OPEN, "a consistency model jumps, there is nothing to set")
+        if not self._guides() and request.guidance not in (None, 1):
+            raise UsageError("this consistency model has not learned a guidance", hint="leave --guidance out")
+        check_prompts(self, request)
+
     def _denoiser(self, request: SampleRequest, points: Grid, n: int, device: torch.device, **more):
         """jump(x, t), told the scale of guidance where the network has learned it; and each item's notes."""
-        _refuse(request, self._guides())
         c, cond, notes = self.config, None, ()
-        check_class(c.net, request)
         if self.conditioner is not None:
             cond, notes = self.conditioner.prompts([request.prompt] * n, device)
         if self._guides():
@@ -176,9 +181,3 @@ def null_like(system: Consistency, cond: Cond | None, n: int, device: torch.devi
         return cond
     return dropped(cond, system.conditioner.null(n, device), torch.ones(n, dtype=torch.bool, device=device))
 
-
-def _refuse(request: SampleRequest, guides: bool) -> None:
-    """UsageError for what steers a sampler of many steps."""
-    refuse(request, OPEN, "a consistency model jumps, there is nothing to set")
-    if not guides and request.guidance not in (None, 1):
-        raise UsageError("this consistency model has not learned a guidance", hint="leave --guidance out")

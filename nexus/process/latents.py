@@ -9,15 +9,20 @@ from nexus.requests import SampleRequest
 from nexus.rng import ItemNoise
 
 
+def check_codes(request: SampleRequest) -> None:
+    """UsageError for a walk from given noise."""
+    if request.initial_noise is not None and request.interpolate:
+        raise UsageError("--interpolate walks between seeds: not with --initial-noise", hint="leave one out")
+
+
 def codes(request: SampleRequest, seeds: list[int], size: int) -> Tensor:
     """The items' codes [B, size], or those of their walks [B, K, size], float32 on the CPU.
 
     A walk goes over the sphere from the code of the item's seed to that of the next seed, both ends included. Raises
     InputError for a noise file that does not fit, UsageError for a walk from one.
     """
+    check_codes(request)
     if request.initial_noise is not None:
-        if request.interpolate:
-            raise UsageError("--interpolate walks between seeds: not with --initial-noise", hint="leave one out")
         return truncated(read_noise(request.initial_noise, (size,), seeds), request.truncation)
     z = ItemNoise(seeds).draw((size,))
     if request.interpolate:

@@ -106,18 +106,23 @@ TAKES_ETA = frozenset({"ddim", "euler-a", "dpmpp-2m-sde", "dpmpp-3m-sde", "sa-so
 TAKES_NOISE = TAKES_ETA | {"ddpm"}
 
 
+def check_sampler(name: str, eta: float | None) -> None:
+    """UsageError for an unknown sampler, or an eta where there is none to set."""
+    if name not in SAMPLERS:
+        raise UsageError(f"unknown sampler '{name}'", hint="samplers: " + ", ".join(SAMPLERS))
+    if eta is not None and name not in TAKES_ETA:
+        raise UsageError(f"sampler '{name}' has no eta", hint="eta works with " + ", ".join(sorted(TAKES_ETA)))
+
+
 def sample(name: str, denoise, x: Tensor, grid: Grid, *, eta: float | None = None, noise=torch.randn_like,
            watch=None, **options) -> Tensor:
-    """Run a sampler by name; UsageError for an unknown one, or an eta where there is none to set.
+    """Run a sampler by name; raises as `check_sampler` does.
 
     options: ddpm's variance, dopri5's rtol and atol.
     """
-    if name not in SAMPLERS:
-        raise UsageError(f"unknown sampler '{name}'", hint="samplers: " + ", ".join(SAMPLERS))
+    check_sampler(name, eta)
     if name in TAKES_NOISE:
         options["noise"] = noise
     if eta is not None:
-        if name not in TAKES_ETA:
-            raise UsageError(f"sampler '{name}' has no eta", hint="eta works with " + ", ".join(sorted(TAKES_ETA)))
         options["eta"] = eta
     return SAMPLERS[name](denoise, x, grid, watch=watch, **options)

@@ -47,14 +47,52 @@ def scale_of(config, request: SampleRequest) -> float:
     return OWN_SCALES.get(request.guidance_kind, config.guidance)
 
 
-def steered(task: Task) -> tuple[Callable, tuple[dict, ...]]:
-    """denoise(x, t) -> x0 with guidance and thresholds, and each item's notes. Raises UsageError, InputError."""
-    c, request = task.system.config, task.request
+def check_steering(system, request: SampleRequest) -> None:
+    """UsageError or InputError for what `steered` cannot do, as far as that shows without weights and guide."""
+    c, kind = system.config, request.guidance_kind or "cfg"
     check_guidance(request.model_dump(exclude_none=True))
-    _check_used(task.system, request)
+    _check_used(system, request)
     if request.dynamic_threshold is not None and c.codec is not None:
         raise UsageError("--dynamic-threshold scales pixels into [-1, 1], and this model denoises latents",
                          hint="leave it out; --guidance-rescale works on latents")
+    check_prompts(system, request)
+    if kind in ("pag", "slg"):
+        _perturb(system.net, request)
+    if kind == "classifier" and request.prompt is None:
+        raise UsageError("--guidance-kind classifier needs --prompt: the class to steer to", hint="add -p TEXT")
+    settings = request.apg or ()
+    if kind == "apg" and (request.sampler or c.sampler) == "dopri5" and (not settings or settings[2]):
+        raise UsageError("apg's momentum needs steps in order, and dopri5 takes some back",
+                         hint="--apg 0,15,0, or another --sampler")
+    if system.conditioner is None:
+        if kind in ("cfg-zero", "apg"):
+            raise UsageError(f"--guidance-kind {kind} steers by a prompt, and this model is unconditional",
+                             hint="pag, slg, autoguidance and classifier guide such a model")
+    elif _is_led_away(system, request) and always_classed(c.net) and not request.negative_prompt:
+        raise UsageError(f"--guidance {scale_of(c, request):g}: this model has no null class to steer "
+                         "away from", hint="leave it out, or name another class with --negative-prompt")
+
+
+def check_prompts(system, request: SampleRequest) -> None:
+    """InputError for a prompt that the system cannot follow, and where it needs one that is not given."""
+    check_class(system.config.net, request)
+    for prompt in (request.prompt, request.negative_prompt):
+        if system.conditioner is not None and prompt is not None:
+            system.conditioner.check(prompt)
+
+
+def _is_led_away(system, request: SampleRequest) -> bool:
+    """Whether guidance calls for a side without the prompt."""
+    kind = request.guidance_kind or "cfg"
+    return kind not in OWN_SCALES and request.prompt is not None and scale_of(system.config, request) != 1
+
+
+def steered(task: Task) -> tuple[Callable, tuple[dict, ...]]:
+    """denoise(x, t) -> x0 with guidance and thresholds, and each item's notes; see `check_steering`.
+
+    Raises UsageError for a guide that does not fit.
+    """
+    c, request = task.system.config, task.request
     sides = _sides(task)
     denoise = _guided(task, sides)
     if request.dynamic_threshold is not None:
@@ -108,19 +146,11 @@ def _sides(task: Task) -> Sides:
     """What the run's kind of guidance needs of the model's own network."""
     system, request, kind = task.system, task.request, task.request.guidance_kind or "cfg"
     cond, notes, other = None, (), None
-    check_class(system.config.net, request)
     if system.conditioner is not None:
         cond, notes = system.conditioner.prompts([request.prompt] * task.n, task.device)
     elif kind == "classifier":
         notes = _classes(task)[1]
-    elif kind in ("cfg-zero", "apg"):
-        raise UsageError(f"--guidance-kind {kind} steers by a prompt, and this model is unconditional",
-                         hint="pag, slg, autoguidance and classifier guide such a model")
-    wanted = kind not in OWN_SCALES and request.prompt is not None and scale_of(system.config, request) != 1
-    if wanted and cond is not None:
-        if always_classed(system.config.net) and not request.negative_prompt:
-            raise UsageError(f"--guidance {scale_of(system.config, request):g}: this model has no null class to steer "
-                             "away from", hint="leave it out, or name another class with --negative-prompt")
+    if _is_led_away(system, request) and cond is not None:
         other = (system.conditioner.prompts([request.negative_prompt] * task.n, task.device)[0]
                  if request.negative_prompt else system.conditioner.null(task.n, task.device))
     cond, other = beside(cond, task.concat), None if other is None else beside(other, task.concat)
@@ -185,11 +215,7 @@ def _rule(task: Task) -> Callable:
     if request.guidance_kind == "cfg-zero":
         return guidance_kinds.cfg_zero(c.path, c.prediction)
     if request.guidance_kind == "apg":
-        settings = request.apg or ()
-        if (request.sampler or c.sampler) == "dopri5" and (not settings or settings[2]):
-            raise UsageError("apg's momentum needs steps in order, and dopri5 takes some back",
-                             hint="--apg 0,15,0, or another --sampler")
-        return guidance_kinds.apg(*settings)
+        return guidance_kinds.apg(*(request.apg or ()))
     return guidance.linear
 
 
@@ -245,7 +271,5 @@ def _classes(task: Task) -> tuple[Tensor, tuple[dict, ...]]:
     if not hasattr(_checked(task), "log_prob"):
         raise UsageError(f"--guide-model {task.request.guide_model} is no classifier of noisy pictures",
                          hint="nexus train conditional --preset classifier trains one")
-    if task.request.prompt is None:
-        raise UsageError("--guidance-kind classifier needs --prompt: the class to steer to", hint="add -p TEXT")
     cond, notes = task.guide.conditioner.prompts([task.request.prompt] * task.n, task.device)
     return cond["label"], notes

@@ -9,7 +9,7 @@ from torch import Tensor
 from nexus.errors import UsageError
 from nexus.images import fitted, read_image
 from nexus.process.sources import from_uint8
-from nexus.requests import SampleRequest
+from nexus.requests import SampleRequest, refuse
 
 LARGE = 1024            # pixels a side, above which a picture is cut into tiles
 OVERLAP = 64            # pixels that neighbouring tiles share
@@ -24,16 +24,22 @@ Translate = Callable[[Tensor], Tensor]
 def read_source(request: SampleRequest, channels: int) -> Tensor:
     """The request's picture [1, channels, H, W] in [-1, 1], in its own size or fitted to a given width and height.
 
-    Raises UsageError without a picture, InputError for a file that is none.
+    Raises InputError for a file that is no picture.
     """
-    if request.image is None:
-        raise UsageError(ONE_OF_ANOTHER, hint="add --image FILE")
     array = read_image(request.image, mode="L" if channels == 1 else "RGB")
     if request.width or request.height:
         high, wide = array.shape[:2]
         width = request.width or max(1, round(wide * request.height / high))
         array = fitted(array, width, request.height or max(1, round(high * request.width / wide)))
     return from_uint8(array)
+
+
+def check_translation(request: SampleRequest, directions: tuple[str, ...]) -> None:
+    """UsageError for a request without a picture, for a way that the model lacks, and for what steers other models."""
+    refuse(request, TRANSLATES, ONE_OF_ANOTHER)
+    if request.image is None:
+        raise UsageError(ONE_OF_ANOTHER, hint="add --image FILE")
+    check_direction(request.direction or "ab", directions)
 
 
 def check_direction(direction: str, directions: tuple[str, ...]) -> None:

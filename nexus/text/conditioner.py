@@ -94,6 +94,11 @@ class LabelConditioner(nn.Module):
             notes.append(note)
         return cond, tuple(notes)
 
+    def check(self, prompt: str) -> None:
+        """InputError for a prompt that names none of the classes."""
+        if self.config.classes:
+            match(prompt, self.config.classes, self.config.styles)
+
     def null(self, n: int, device: torch.device) -> Cond:
         """n times no class and no style."""
         cond = {"label": torch.full((n,), len(self.config.classes), device=device)}
@@ -153,6 +158,9 @@ class TextConditioner(nn.Module):
         unique = sorted(set(texts))
         rows = torch.tensor([unique.index(t) for t in texts], device=device)
         return {name: value[rows] for name, value in self.encoder(unique).items()}, notes
+
+    def check(self, prompt: str) -> None:
+        """Nothing: any text is read."""
 
     def _with_style(self, prompt: str) -> str:
         text, style = split_style(prompt, self.config.styles)

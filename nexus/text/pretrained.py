@@ -97,6 +97,11 @@ class PretrainedConditioner(nn.Module):
                       for p in prompts)
         return _stacked([made[p].cond for p in prompts]), notes
 
+    def check(self, prompt: str) -> None:
+        """InputError for brackets that weigh a word absurdly; no encoder is loaded."""
+        if self.config.weighting:
+            parse(prompt)
+
     def null(self, n: int, device: torch.device) -> dict[str, Tensor]:
         """n times no prompt."""
         return self.prompts([None] * n, device)[0]

@@ -35,6 +35,7 @@ class TrainArgs(Config):
     ema: float = Field(0.999, ge=0, lt=1)
     ema_warmup: bool = True
     ema_profiles: tuple[Annotated[float, Field(gt=0, le=0.288)], ...] = ()
+    load: int = Field(0, ge=0, le=4096)         # side that pictures are read at, a random part being taken; 0 = none
     shift: int = Field(0, ge=0)                 # random translation of pictures, pixels
     flip: float = Field(0.0, ge=0, le=1)        # chance of a horizontal mirror
     cache_latents: bool = False                 # encode the whole set once, before the first step

@@ -114,7 +114,7 @@ def planned(system: str, data: str, run: Path, *, preset: str | None = None, fil
                     loras.settings(system, low, preset, file, overrides, flags) if low else
                     resolve(system, preset=preset, file=file, overrides=overrides, flags=flags))
     args = _with_precision(args, run if begun else None, device)
-    images = open_for(config, data)
+    images = open_for(config, data, load=args.load)
     config = config if low else (config if begun else like_base(config)).adapt(images.facts)
     if begun:
         return Plan(config, args, images, low, _check_same(run, config, args, init, images.facts.digest))
@@ -287,7 +287,8 @@ def _batches(images: ImageSet, system: torch.nn.Module, args: TrainArgs, run: Pa
 
         def watch(done: int, total: int) -> None:
             progress({"encoded": done, "of": total})
-        facts = {"data": images.facts.digest, "precision": args.precision, "variants": args.variants, **augment}
+        facts = {"data": images.facts.digest, "precision": args.precision, "variants": args.variants, **augment,
+                 **({"load": args.load} if args.load else {})}
         keep = _shelf(system, facts, run, world)
         source = CodeSet(images, encode, keep=keep, watch=watch) if images.medium == "audio" else \
             LatentSet(images, encode, **augment, variants=args.variants, keep=keep, watch=watch)

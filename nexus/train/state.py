@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nexus.atomic import write_bytes
-from nexus.checkpoint import fill, own_state, read_tensors, released_state, save_model, tensor_bytes
-from nexus.errors import ModelError
+from nexus.checkpoint import fill, is_finite, own_state, read_tensors, released_state, save_model, tensor_bytes
+from nexus.errors import DivergedError, ModelError
 from nexus.nn.ranks import of_other_ranks
 from nexus.phase import Phase
 from nexus.train.args import TrainArgs
@@ -55,13 +55,19 @@ def parameter_names(module: nn.Module) -> dict[int, str]:
 
 
 def save(state: TrainState, run: Path, facts: dict, *, write: bool) -> None:
-    """Write the checkpoint folder of the current step; ranks with write=False only help to gather shards."""
+    """Write the checkpoint folder of the current step; ranks with write=False only help to gather shards.
+
+    DivergedError, on all ranks, where a weight or a running statistic is no longer finite.
+    """
     names = parameter_names(state.system)
     model = {n: whole(t) for n, t in own_state(state.system).items()}
     average = {n: whole(t) for n, t in state.ema.average.items()} if state.ema else None
     optim = {key: {n: whole(t) for n, t in optimizer_tensors(o, names).items()} for key, o in state.optimizers.items()}
     kept = {k: {n: whole(t) for n, t in p.average.items()} for k, p in state.profiles.items()}
     others = of_other_ranks(_buffers(state.system))
+    if bad := next((name for name, tensor in (model | (average or {})).items() if not is_finite(tensor)), None):
+        raise DivergedError(f"{bad} is not finite after step {state.step}",
+                            hint="lower train.lr; the last checkpoint is intact")
     if not write:
         return
     extra = {f"train/{phase}.{kind}.safetensors": tensor_bytes(t) for (phase, kind), t in optim.items()}

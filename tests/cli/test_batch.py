@@ -188,11 +188,21 @@ def test_the_plan_names_every_item(tmp_path, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
     for more, code, statuses in (([], 3, []), (["--on-error", "continue"], 7, ["planned", "failed", "planned"])):
         with pytest.raises(SystemExit) as end:
-            main(["sample", "ddpm", "-b", "b.jsonl", "--dry-run", "--json", *more])
+            main(["sample", "mmdit", "-b", "b.jsonl", "--dry-run", "--json", *more])
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert (end.value.code, [line["status"] for line in lines]) == (code, statuses)
     assert lines[2]["path"] == "outputs/b/x/y.png" and sorted(p.name for p in tmp_path.iterdir()) == ["b.jsonl"]
     signal.signal(signal.SIGTERM, before)
+
+
+def test_the_plan_names_what_the_model_would_refuse(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.jsonl").write_text('{"width": 64}\n{"width": 63}\n{"prompt": "!"}\n{"image": "b.jsonl"}\n')
+    for more, code, statuses in ((["--on-error", "stop"], 2, []), ([], 7, ["planned"] + 3 * ["failed"])):
+        with pytest.raises(SystemExit) as end:
+            main(["sample", "flow", "-b", "b.jsonl", "--dry-run", "--json", *more])
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert (end.value.code, [line["status"] for line in lines]) == (code, statuses)
 
 
 def test_a_table_that_cannot_be_read_on_says_that_its_rest_is_lost(tmp_path):

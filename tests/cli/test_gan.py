@@ -36,6 +36,10 @@ def test_a_walk_is_a_sheet_or_a_film(warm, runs):
     with av.open(io.BytesIO((runs / "walk.mp4").read_bytes())) as film:
         assert json.loads(film.metadata["comment"])["truncation"] == 0.8
         assert len(list(film.decode(video=0))) == 5
+    shown = json.loads(warm("info", "walk.mp4", "--json", cwd=runs).stdout)
+    assert shown["film"] == "16x16, 5 frames, 12 a second, MP4" and shown["truncation"] == 0.8
+    again = warm("sample", "gan", "--like", "walk.mp4", "-m", "gan", "-o", "again.mp4", cwd=runs)
+    assert again.returncode == 0 and (runs / "again.mp4").read_bytes() == (runs / "walk.mp4").read_bytes()
     first = warm("sample", "gan", "-m", "gan", "-s", 3, "--truncation", 0.8, "-o", "one.png", cwd=runs)
     assert first.returncode == 0
     assert np.array_equal(read_image(runs / "walk.png")[2:18, 2:18], read_image(runs / "one.png"))
@@ -45,14 +49,18 @@ def test_a_walk_is_a_sheet_or_a_film(warm, runs):
     (("gan", "-m", "gan", "-o", "x.mp4"), 2, "--interpolate"),
     (("gan", "-m", "gan", "--interpolate", 1), 2, "whole number"),
     (("gan", "-m", "gan", "--truncation", 0), 2, "above 0"),
+    (("gan", "-m", "gan", "--guidance", 3), 2, "--guidance"),
+    (("gan", "-m", "gan", "-p", "cat"), 3, "unconditional"),
+    (("cyclegan", "-m", "gan", "--image", "a/0.png"), 4, "of 'gan'"),
     (("gan", "-m", "gan", "--direction", "ab", "-o", "x.png"), 2, "--direction"),
     (("cyclegan", "-m", "cyclegan", "-o", "x.png"), 2, "--image"),
     (("cyclegan", "-m", "cyclegan", "--direction", "up"), 2, "ab, ba"),
     (("cyclegan", "-m", "cyclegan", "--image", "a", "--batch", "b.jsonl"), 2, "--batch"),
     (("cyclegan", "-m", "cyclegan", "--image", "cyclegan"), 3, "no picture")])
 def test_what_has_no_meaning_is_refused(warm, runs, arguments, code, said):
-    done = warm("sample", *arguments, cwd=runs)
-    assert done.returncode == code and said in done.stderr.decode(), done.stderr
+    for more in ((), ("--dry-run",)):
+        done = warm("sample", *arguments, *more, cwd=runs)
+        assert done.returncode == code and said in done.stderr.decode(), (more, done.stderr)
     assert not (runs / "x.png").exists() and not (runs / "x.mp4").exists()
 
 

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 from nexus_cli.output import strict_json
 
 COMMANDS = Path(__file__).parents[2] / "nexus_cli"
-HASHED = {"digest", "_together"}        # keys of what is the same, never shown
+HASHED = {"digest", "together"}        # keys of what is the same, never shown
 
 
 def strictly(text):

@@ -17,6 +17,8 @@ from nexus.requests import SampleRequest
 from nexus.sounds import facts, read_sound, write_sound
 from nexus.sounds import read_record as sound_record
 from nexus_cli import music as command
+from nexus_cli import plan
+from nexus_cli.jobs import worded
 from nexus_cli.main import main
 from nexus_cli.media import KINDS, PICTURES, SOUNDS, Style
 from tests.drawn import sung
@@ -127,6 +129,21 @@ def test_a_batch_makes_what_is_missing(music, tmp_path):
     assert (folder / "x.wav").stat().st_mtime_ns == kept and (folder / "y.wav").exists()
 
 
+def test_tempo_and_key_of_a_batch_and_of_a_file_again(warm, codec, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.jsonl").write_text('{"prompt": "sad piano"}\n{"id": "x"}\n')
+    write_sound(tmp_path / "a.wav", np.zeros((1, 100), np.float32), RATE,
+                {"schema": "nexus/1", "prompt": "sad piano, in c major, 90 bpm", "duration": 1.0, "seed": 1})
+    prompts = {("-b", "b.jsonl"): ["sad piano, in a minor, 70 bpm", "in a minor, 70 bpm"],
+               ("--like", "a.wav", "-o", "c.wav"): ["sad piano, in a minor, 70 bpm"]}
+    monkeypatch.setattr(plan, "_refused", lambda jobs, engine, ways: jobs)      # the codec reads no prompts
+    for arguments, wanted in prompts.items():
+        with pytest.raises(SystemExit):
+            main(["music", "-m", str(codec), "--bpm", "70", "--key", "Am", "--dry-run", "--json", *arguments])
+        lines = capsys.readouterr().out.splitlines()
+        assert [json.loads(line)["settings"]["prompt"] for line in lines] == wanted
+
+
 def test_the_settings_of_a_file_again(music, warm, codec, tmp_path):
     assert music("-s", 9, "-o", "a.wav", cwd=tmp_path).returncode == 0
     done = warm("music", "--like", "a.wav", "-m", codec, "-o", "b.wav", "--device", "cpu", cwd=tmp_path)
@@ -185,7 +202,8 @@ def test_without_a_checkpoint_the_next_step_is_told(monkeypatch, capsys):
     ({"prompt": "sad piano"}, "sad piano"), ({"bpm": 120}, "120 bpm"), ({}, None)])
 def test_the_helpers_become_words_of_the_prompt(flags, prompt):
     names = (*command.PASSED, "prompt", "prompt_file", "in_key", "bpm", "like", "seed", "seeds", "model")
-    settings, _, _ = command._settings(dict.fromkeys(names) | flags, None, None)
+    flags = dict.fromkeys(names) | flags
+    settings = worded(command._settings(flags, None, None)[0], command._words(flags))
     assert settings == {"duration": 10.0} | ({"prompt": prompt} if prompt else {})
     SampleRequest.parse(settings)
 
@@ -205,7 +223,7 @@ def test_a_sound_of_any_system_is_written_in_any_format(tmp_path, name):
 
 @pytest.mark.parametrize("arguments,said", [
     (("--bits", "24", "-o", "a.ogg"), "does not hold"), (("--format", "ogg", "-o", "a.wav"), "do not agree"),
-    (("-b", "x.jsonl", "--bpm", "100"), "cannot be given together"), (("--spectrogram", "a.wav"), "picture's ending"),
+    (("--spectrogram", "a.wav"), "picture's ending"),
     (("--spectrogram", "{hash}.png"), "no field"), (("--melody", "-", "--continue", "-"), "only one of"),
     (("-o", "-", "-N", "2"), "one sound")])
 def test_a_mistake_has_one_line_and_a_next_step(warm, codec, tmp_path, arguments, said):

@@ -40,6 +40,10 @@ def restored():
     signal.signal(signal.SIGTERM, before)
 
 
+MODEL = ("sample", "dit", "-p", "cat", "--sampler", "ddim")         # it takes all of these flags
+BEYOND = {("--width", "1"): "multiples", ("--height", "1"): "multiples", ("--steps", "100000"): "noise chain"}
+
+
 def code_of(arguments) -> int:
     with pytest.raises(SystemExit) as end:
         main([str(word) for word in arguments])
@@ -66,15 +70,20 @@ def test_train_refuses(tmp_path, capsys, flag, value):
 @pytest.mark.parametrize("flag,value", [(flag, value) for flag, (good, _) in SAMPLE.items() for value in good])
 def test_sample_accepts(tmp_path, capsys, flag, value):
     more = ["-N", 5] if flag == "--grid" and value != "auto" else []
-    assert code_of(["sample", "ddpm", f"{flag}={value}", "--dry-run", "--json", "-o", f"{tmp_path}/", *more]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[0])["status"] == "planned"
+    said = BEYOND.get((flag, value))                # within the flag's range, and not what this model can do
+    code = code_of([*MODEL, f"{flag}={value}", "--dry-run", "--json", "-o", f"{tmp_path}/", *more])
+    out, err = capsys.readouterr()
+    if said is None:
+        assert code == 0 and json.loads(out.splitlines()[0])["status"] == "planned"
+    else:
+        assert code == 2 and said in err
 
 
 @pytest.mark.parametrize("flag,key,value", [
     ("--guidance", "guidance", 0.0), ("--eta", "eta", 0.0), ("--guidance-rescale", "guidance_rescale", 0.0),
 ])
 def test_zero_is_a_value(tmp_path, capsys, flag, key, value):
-    assert code_of(["sample", "ddpm", flag, 0, "--seed", 0, "--dry-run", "--json", "-o", f"{tmp_path}/"]) == 0
+    assert code_of([*MODEL, flag, 0, "--seed", 0, "--dry-run", "--json", "-o", f"{tmp_path}/"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["settings"][key] == value and plan["seed"] == 0
 

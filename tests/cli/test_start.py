@@ -31,7 +31,7 @@ def loaded(arguments: list[str], cwd) -> tuple[int, list[str]]:
     (["sample", "ddpm", "--device", "gpu"], 2), (["sample", "ddpm", "-o", "a.txt", "-s", "1"], 2),
     (["sample", "ddpm", "-o", "{x}.png", "-s", "1"], 2), (["sample", "ddpm", "--image", "none.png"], 3),
     (["sample", "ddpm", "--prompt-file", "none.txt"], 3), (["sample", "ddpm", "--batch", "none.jsonl"], 3),
-    (["sample", "ddpm", "-m", "no/model"], 4), (["sample", "ddpm", "-o", "/proc/x.png", "-s", "1", "--dry-run"], 0),
+    (["sample", "ddpm", "-m", "no/model"], 4),
     (["sample", "ddpm", "-o", "there.png", "-s", "1"], 6), (["sample", "ddpm", "-o", "there.png/a.png", "-s", "1"], 6),
     (["train", "ddpm", "--data", "none", "--run", "r"], 3), (["train", "nothing", "--data", "emoji", "--run", "r"], 2),
     (["train", "ddpm", "--data", "emoji", "--run", "there.png"], 6),
@@ -84,7 +84,7 @@ def test_a_mistake_has_one_line_and_a_next_step(nexus, tmp_path, arguments, said
 
 
 def test_underscores_are_hyphens(nexus, tmp_path):
-    done = nexus("sample", "ddpm", "-s", 1, "--batch_size=3", "--dry_run", "-p", "--dry_run", "--json", cwd=tmp_path)
+    done = nexus("sample", "mmdit", "-s", 1, "--batch_size=3", "--dry_run", "-p", "--dry_run", "--json", cwd=tmp_path)
     assert done.returncode == 0 and b'"prompt": "--dry_run"' in done.stdout
 
 
@@ -99,10 +99,10 @@ def test_colour_is_asked_for(nexus, environment, arguments, ansi):
 @pytest.mark.parametrize("environment", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C",
                                                                                           "PYTHONUTF8": "0"}])
 def test_any_locale_can_show_any_text(nexus, tmp_path, environment):
-    done = nexus("sample", "ddpm", "-p", "😀".encode(), "-s", "1", "-o", "{prompt}.png", "--dry-run", cwd=tmp_path,
+    done = nexus("sample", "mmdit", "-p", "😀".encode(), "-s", "1", "-o", "{prompt}.png", "--dry-run", cwd=tmp_path,
                  env=environment)
     assert done.returncode == 0, done.stderr
-    done = nexus("sample", "ddpm", "-p", b"\xff\xfe", "-s", "1", "--dry-run", "--json", cwd=tmp_path, env=environment)
+    done = nexus("sample", "mmdit", "-p", b"\xff\xfe", "-s", "1", "--dry-run", "--json", cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
 
 

@@ -102,3 +102,33 @@ def test_the_number_of_sets_must_be_the_systems(kinds, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "e/zzz.png")
     with pytest.raises(InputError, match="counterpart"):
         open_data(f"{tmp_path}/a,{tmp_path}/e", domains="aligned")
+
+
+@pytest.fixture
+def ramps(tmp_path):
+    """Two folders of one name each: a pixel's colour is its place, b is a inverted."""
+    places = np.stack([np.repeat(np.arange(20)[:, None] * 5, 20, 1), np.repeat(np.arange(20)[None] * 5, 20, 0),
+                       np.zeros((20, 20))], 2).astype(np.uint8)
+    for kind, x in (("a", places), ("b", 255 - places)):
+        (tmp_path / kind).mkdir()
+        Image.fromarray(x).save(tmp_path / kind / "1.png")
+    return f"{tmp_path / 'a'},{tmp_path / 'b'}"
+
+
+@pytest.mark.parametrize("domains", ["aligned", "unaligned"])
+def test_pictures_read_larger_are_cut_at_random_and_pairs_alike(ramps, domains):
+    sets = open_data(ramps, domains=domains, size=16, channels=3, load=20)
+    assert sets.facts.size == 16
+    batch = sets.batch([0] * 200, generator(0))
+    a, b = (((batch[name] + 1) * 127.5).round() for name in ("image", "other"))
+    assert a.shape == (200, 3, 16, 16) and torch.equal(a[:, 0, 1:] - a[:, 0, :-1], torch.full((200, 15, 16), 5.0))
+    corners = (a[:, :2, 0, 0] / 5).int()
+    assert {int(n) for n in corners.flatten()} == {0, 1, 2, 3, 4} and len(corners.unique(dim=0)) == 25
+    assert torch.equal(a + b, torch.full_like(a, 255.0)) == (domains == "aligned")
+    middle = sets.batch([0])["image"]
+    assert torch.equal(((middle + 1) * 127.5).round()[0, :2, 0, 0], torch.tensor([10.0, 10.0]))
+
+
+def test_pictures_cannot_be_cut_larger_than_they_are_read(ramps):
+    with pytest.raises(UsageError, match="train.load=15"):
+        open_data(ramps, domains="aligned", size=16, channels=3, load=15)

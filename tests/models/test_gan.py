@@ -213,6 +213,27 @@ def test_cyclegan_translates_pictures_of_any_size_both_ways(photo):
         system.generate(SampleRequest(image=photo, prompt="x"), seeds=[0])
 
 
+def test_batch_norms_and_dropout_of_a_translator_are_those_of_the_published_test(photo):
+    config = CycleGANConfig.preset("tiny").override(["net.norm=batch", "net.dropout=true", "two_way=false"])
+    system = built(config).eval()
+    one, two, again = (system.generate(SampleRequest(image=photo), seeds=s).data for s in ([1, 2], [2], [1]))
+    assert not torch.equal(one[0], one[1]) and torch.equal(one[1], two[0]) and torch.equal(one[0], again[0])
+    plain = built(config.override(["net.dropout=false"])).eval()
+    x = torch.randn(1, 3, 16, 16, generator=generator(3))
+    with torch.no_grad():
+        made = plain.translate(x)
+        assert torch.allclose(made, plain.train().net(x), atol=1e-5)        # which never called eval()
+        assert not torch.allclose(made, plain.eval().net(x), atol=1e-3)
+
+
+def test_grey_pictures_have_a_critic_of_their_own():
+    system = built(CycleGANConfig.preset("tiny").override(["net.in_channels=1", "net.out_channels=1"]))
+    grey = {name: x[:, :1] if name in ("image", "other") else x for name, x in batch().items()}
+    assert all(phase.loss(grey, generator(0), 0)["loss"].isfinite() for phase in system.phases())
+    with pytest.raises(InputError, match="critic.in_channels 3"):
+        CycleGANConfig.preset("tiny").override(["net.in_channels=1", "net.out_channels=1", "critic.in_channels=3"])
+
+
 def test_a_model_of_one_way_says_so(photo):
     system = built(CycleGANConfig.preset("tiny").model_copy(update={"two_way": False})).eval()
     assert system.generate(SampleRequest(image=photo), seeds=[0]).data.shape == (1, 3, 37, 53)

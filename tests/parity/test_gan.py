@@ -13,6 +13,7 @@ from nexus.convert.convert import convert
 from nexus.convert.keymap import to_foreign
 from nexus.convert.layouts import cyclegan, dcgan
 from nexus.losses.adversarial import LOSSES
+from nexus.models.gan.cycle_gan import CycleGANConfig
 from nexus.nn.dcgan import DCGeneratorConfig
 from nexus.nn.patch_critic import PatchCritic
 from nexus.nn.translators import ResnetConfig, UNetConfig
@@ -159,3 +160,28 @@ def test_residual_generators_of_every_kind_go_out_and_come_back(fields, tmp_path
     assert loaded.net.ab.config == net.config
     with torch.no_grad():
         assert torch.equal(loaded.net(x), net(x))
+
+
+def test_the_generators_of_both_ways_in_one_folder_are_one_model(tmp_path):
+    config = CycleGANConfig.preset("tiny").override(["two_way=false"])
+    (tmp_path / "run").mkdir()
+    ways = {}
+    for name in ("latest_net_G_A", "latest_net_G_B", "5_net_G_A", "5_net_G_B"):
+        torch.manual_seed(len(ways))
+        ways[name] = config.build()
+        checkpoint.save_model(tmp_path / name, "cyclegan", config.to_json(), checkpoint.released_state(ways[name]))
+        convert(tmp_path / name, tmp_path / f"run/{name}.pth.safetensors", to="resnet")
+        foreign = load_file(tmp_path / f"run/{name}.pth.safetensors")
+        (tmp_path / f"run/{name}.pth.safetensors").unlink()
+        torch.save(foreign, tmp_path / f"run/{name}.pth")
+    torch.save({}, tmp_path / "run/latest_net_D_A.pth")
+    convert(tmp_path / "run", tmp_path / "both")
+    system, x = checkpoint.load(str(tmp_path / "both"), device="cpu"), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        for way, name in (("ab", "latest_net_G_A"), ("ba", "latest_net_G_B")):
+            assert torch.equal(system.translate(x, way), ways[name].translate(x))
+    (tmp_path / "run/latest_net_G_B.pth").unlink()
+    convert(tmp_path / "run", tmp_path / "early")       # the last epoch that has both
+    early = checkpoint.load(str(tmp_path / "early"), device="cpu")
+    with torch.no_grad():
+        assert torch.equal(early.translate(x, "ba"), ways["5_net_G_B"].translate(x))

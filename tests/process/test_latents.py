@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from nexus.errors import UsageError
 from nexus.process.latents import codes, slerp, truncated
-from nexus.process.translation import read_source, translated
+from nexus.process.translation import check_translation, read_source, translated
 from nexus.requests import SampleRequest
 from nexus.rng import ItemNoise
 
@@ -84,4 +84,4 @@ def test_a_source_keeps_its_size_or_takes_the_asked_one(tmp_path):
     assert read_source(SampleRequest(image=name, width=20), 1).shape == (1, 1, 10, 20)
     assert read_source(SampleRequest(image=name, width=16, height=16), 3).shape == (1, 3, 16, 16)
     with pytest.raises(UsageError, match="picture"):
-        read_source(SampleRequest(), 3)
+        check_translation(SampleRequest(), ("ab",))

@@ -86,3 +86,9 @@ def test_a_divergence_ends_the_run_and_keeps_the_last_checkpoint(case, data, tmp
               overrides=["clip=0.0"] if case == "clip" else [])
     assert caught.value.code == 9 and caught.value.hint
     assert all(not checkpoint.verify(p) for p in (tmp_path / "run").glob("step-*"))
+
+
+def test_a_running_statistic_that_overflows_is_a_divergence(data, tmp_path):
+    with pytest.raises(DivergedError, match="running_var is not finite"):
+        train("gan", data=data("gan"), run=tmp_path / "run", preset="tiny", device="cpu",
+              flags=FLAGS | {"lr": 1e8, "save_every": 40, "steps": 40})

@@ -7,7 +7,7 @@ dropout is told by its keys where it is residual, and by nothing where it is a U
 
 import re
 
-from nexus.convert.keymap import Row
+from nexus.convert.keymap import Row, foreign_keys
 from nexus.convert.layout import Layout, Shapes
 from nexus.convert.layouts.unet_rows import layer
 from nexus.models.gan.cycle_gan import PatchNetConfig
@@ -139,11 +139,35 @@ def _critic_table(config: dict) -> list[Row]:
     return rows
 
 
+# --- both ways of a training's folder, which `detect` reads as one with "A." and "B." before the keys ----------------
+
+def _way(shapes: Shapes, prefix: str) -> Shapes:
+    return {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+
+
+def _pair_matches(shapes: Shapes, foreign: dict | None) -> bool:
+    a, b = (_way(shapes, prefix) for prefix in ("A.", "B."))
+    return bool(a) and a == b and (_resnet_matches(a, None) or _unet_matches(a, None))
+
+
+def _pair_config(shapes: Shapes, foreign: dict | None) -> dict:
+    shapes = _way(shapes, "A.")
+    one = (_resnet_config if _resnet_matches(shapes, None) else _unet_cycle_config)(shapes, None)
+    return one | {"two_way": True}
+
+
+def _pair_table(config: dict) -> list[Row]:
+    rows = (_resnet_table if config["net"]["kind"] == "resnet" else _unet_table)(config)
+    return [Row(f"{way}.{row.native}", tuple(f"{prefix}.{key}" for key in foreign_keys(row)))
+            for way, prefix in (("ab", "A"), ("ba", "B")) for row in rows]
+
+
 def _size(shapes: Shapes, foreign: dict | None) -> tuple[str, ...]:
     return ("size",)
 
 
 LAYOUTS = (
+    Layout("both", "cyclegan", "net", _pair_matches, _pair_config, _pair_table, unsaid=_size, drop=STATISTICS),
     Layout("resnet", "cyclegan", "net.ab", _resnet_matches, _resnet_config, _resnet_table, unsaid=_size,
            drop=STATISTICS),
     Layout("unet", "cgan", "net", _unet_matches, _pix2pix_config, _unet_table, drop=STATISTICS,

@@ -178,13 +178,15 @@ class Encodec(nn.Module):
         perplexity = torch.special.entr(rows).sum(1).exp() / sizes.shape[1]
         return (perplexity * begun).sum() / begun.sum().clamp_min(1)
 
+    def check(self, request: SampleRequest) -> None:
+        """UsageError for what steers other models, ModelError for a codec whose ids do not say all."""
+        refuse(request, self.takes, "a codec makes sound of no particular kind: only its length can be set")
+        self.net.check_ids()
+
     @torch.inference_mode()
     def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
-        """One sound a seed: ids drawn as often as training met each, in no order, decoded.
-
-        Raises UsageError for what steers other models, ModelError for a codec whose ids do not say all.
-        """
-        refuse(request, self.takes, "a codec makes sound of no particular kind: only its length can be set")
+        """One sound a seed: ids drawn as often as training met each, in no order, decoded; raises as `check` does."""
+        self.check(request)
         samples = max(1, round((request.duration or self.config.seconds) * self.config.rate))
         ids = torch.stack([self._drawn(seed, self.net.frames(samples)) for seed in seeds])
         sound = self.net.from_codes(ids)[..., :samples].clamp(-1, 1)

@@ -3,6 +3,7 @@
 B items, K codebooks, V tokens of each, T frames, S steps of the delayed pattern, D width, L text or chroma vectors.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -172,16 +173,15 @@ class MusicGen(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Sounds [B, C, T] in [-1, 1] -> codes [B, K, T]; nothing is learnt from."""
         with full_precision(x):
-            return self._codec().codes(x)
+            return self._its_codec().codes(x)
 
     def decode(self, codes: Tensor) -> Tensor:
         """The inverse of `encode`, clipped to [-1, 1]."""
-        return self._codec().from_codes(codes).float().clamp(-1, 1)
+        return self._its_codec().from_codes(codes).float().clamp(-1, 1)
 
-    def _codec(self) -> nn.Module:
+    def _its_codec(self) -> nn.Module:
         if self.codec is None:
-            raise ModelError("this model was converted without its codec: it makes tokens and no sound",
-                             hint="convert it again with --set codec.weights=CODEC, a model of encodec")
+            raise _without_codec()
         return self.codec
 
     def loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
@@ -233,22 +233,43 @@ class MusicGen(nn.Module):
                 "top_p": c.top_p}
         return {name: value for name, value in used.items() if getattr(request, name) is None}
 
+    def check(self, request: SampleRequest) -> None:
+        """UsageError or InputError for what this model cannot do, ModelError where it has no codec."""
+        refuse(request, self.takes, "this model writes tokens one after another: it has no such setting")
+        if self.codec is None and not self.external:
+            raise _without_codec()
+        if request.prompt is not None and self.conditioner is None:
+            raise InputError("this model reads no text: it takes no prompt", hint="leave --prompt out")
+        if request.melody is not None and not self.config.net.chroma:
+            raise UsageError("--melody: this model follows none", hint="a melody or style model does")
+        if request.guidance_style is not None and (request.melody is None or request.prompt is None):
+            raise UsageError("--guidance-style weighs a melody against a prompt", hint="give both, or leave it out")
+        for prompt in (request.prompt, request.negative_prompt):
+            if prompt is not None and self.conditioner is not None:
+                self.conditioner.check(prompt)
+        if request.continued is not None and request.duration is not None:
+            self._check_length(request.continued, request.duration)
+
+    def _check_length(self, path: str, seconds: float) -> None:
+        """InputError for a sound that leaves nothing to go on with."""
+        from nexus.sounds import facts  # training and eval do without a reader of files
+        heard, c = facts(path), self.config
+        given = heard.samples / heard.rate
+        if -(-round(given * c.rate) // c.codec.net.hop) >= c.frames(seconds):
+            raise InputError(f"{path} is {given:.4g} s long, and the {seconds:g} s asked for count from its beginning",
+                             hint=f"--duration {math.floor(given) + 10}, or none")
+
     @torch.inference_mode()
     def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
         """One piece a seed, of request.duration seconds, a continued sound included.
 
-        watch(step, steps, codes, decode): decode(codes) is what there is so far. Raises UsageError or InputError for
-        what this model cannot do.
+        watch(step, steps, codes, decode): decode(codes) is what there is so far. Raises as `check` does.
         """
+        self.check(request)
         c = self.config
-        refuse(request, self.takes, "this model writes tokens one after another: it has no such setting")
-        self._codec()
         known = self._known(request, len(seeds))
         seconds = request.duration or (c.seconds + known.shape[-1] / c.codec.net.frame_rate)
         piece, notes = self._piece(request, seeds, c.frames(seconds))
-        if known.shape[-1] >= piece.frames:
-            raise InputError(f"{request.continued} is as long as the {seconds:g} seconds asked for",
-                             hint="--duration counts from its beginning: ask for more")
         codes = self.write(piece, known, watch)
         samples = min(max(1, round(seconds * c.rate)), codes.shape[-1] * c.codec.net.hop)
         return Media("audio", self.decode(codes)[..., :samples], notes, c.rate)
@@ -263,12 +284,8 @@ class MusicGen(nn.Module):
 
     def _piece(self, request: SampleRequest, seeds: list[int], frames: int) -> tuple[Piece, tuple[dict, ...]]:
         c, device = self.config, self.net.emb.weight.device
-        if request.prompt is not None and self.conditioner is None:
-            raise InputError("this model reads no text: it takes no prompt", hint="leave --prompt out")
         melody, style = None, followed.no_style(self, len(seeds)) if c.net.style else None
         if request.melody is not None:
-            if not c.net.chroma:
-                raise UsageError("--melody: this model follows none", hint="a melody or style model does")
             if c.net.style:
                 style = followed.style_of_sound(self, request.melody, seeds, _sound)
             else:
@@ -285,8 +302,6 @@ class MusicGen(nn.Module):
                device: torch.device) -> tuple[tuple[Cond, ...], tuple[dict, ...]]:
         """The text of each side of guidance: all conditions, the melody alone for double guidance, none."""
         double = request.guidance_style is not None
-        if double and (request.melody is None or request.prompt is None):
-            raise UsageError("--guidance-style weighs a melody against a prompt", hint="give both, or leave it out")
         told = request.prompt is not None or request.melody is not None
         alone = not told or scale == 1 and not double
         count = 1 if alone else 3 if double else 2
@@ -355,6 +370,11 @@ class MusicGen(nn.Module):
             codes = undelay(whole, self.config.net.pattern).clamp(0, self.config.net.bins - 1)
             return self.decode(torch.cat([before, codes], -1))
         watch(done + step, steps, sequence, decode)
+
+
+def _without_codec() -> ModelError:
+    return ModelError("this model was converted without its codec: it makes tokens and no sound",
+                      hint="convert it again with --set codec.weights=CODEC, a model of encodec")
 
 
 def _mask(cond: Cond) -> Tensor:

@@ -23,6 +23,7 @@ from nexus.process.codec import SHARED_CODEC, SHARED_LATENTS
 from nexus.process.diffusion import Diffusion, DiffusionConfig
 from nexus.process.paths import AnyPath, DiscretePath
 from nexus.process.predictions import noised
+from nexus.requests import SampleRequest
 from nexus.text.conditioner import LabelCondConfig, NoCondConfig, TextCondConfig
 
 _EDM = {"path": {"kind": "ve", "log_clock": 250.0}, "prediction": "edm", "sampler": "heun"}
@@ -140,10 +141,14 @@ class Classifier(nn.Module):
         clock = self.config.path.network_time(t).to(x.device, torch.float32).expand(len(x))
         return self.net(x, clock).float().log_softmax(1).gather(1, label[:, None])[:, 0]
 
-    def generate(self, request, *, seeds: list[int], watch=None, guide=None) -> Media:
+    def check(self, request: SampleRequest) -> None:
         """A classifier makes nothing: InputError."""
         raise InputError("this model is a classifier of noisy pictures: it makes none, it guides another model",
                          hint="nexus sample SYSTEM -p TEXT --guidance-kind classifier --guide-model THIS")
+
+    def generate(self, request: SampleRequest, *, seeds: list[int], watch=None, guide=None) -> Media:
+        """See `check`."""
+        self.check(request)
 
 
 class ConditionalConfig(DiffusionConfig):

@@ -223,15 +223,22 @@ class Seen(NamedTuple):
 class Distilled(Diffusion):
     """A network that was distilled from its guided self: the scale is one more input, and a step is one call."""
 
-    def _denoiser(self, request: SampleRequest, points: Grid, n: int, device: torch.device, **more):
+    def _check_steering(self, request: SampleRequest) -> None:
         kind = request.guidance_kind or "cfg"
         shaped = request.guidance_rescale or request.guidance_interval != (0.0, 1.0)
         if kind not in ("cfg", "pag", "slg") or request.negative_prompt or (kind == "cfg" and shaped):
             raise UsageError("this model's guidance is an input of its network, there is nothing to steer away from",
                              hint="--guidance alone, or with --guidance-kind pag or slg; no --negative-prompt")
+        super()._check_steering(_alone(request))
+
+    def _denoiser(self, request: SampleRequest, points: Grid, n: int, device: torch.device, **more):
         seen = Seen(self.config, self.net, Told(self.conditioner, scale_of(self.config, request)))
-        request = request.model_copy(update={"guidance": 1.0})      # so that there is no second half of the batch
-        return steered(Task(seen, request, points, n, device, **more))
+        return steered(Task(seen, _alone(request), points, n, device, **more))
+
+
+def _alone(request: SampleRequest) -> SampleRequest:
+    """The request so that there is no second half of the batch."""
+    return request.model_copy(update={"guidance": 1.0})
 
 
 _TINY = {"conditioner": TextCondConfig.presets["tiny"], "codec": {"net": KLConfig.presets["tiny"]}, "steps": 4,

@@ -24,8 +24,8 @@ from nexus.nn.projected import ProjectedCriticConfig
 from nexus.nn.translators import UNetConfig
 from nexus.phase import Phase
 from nexus.process.adversarial import EMOJI, EMOJI_RECIPE, PROJECTED, Adversarial, AdversarialConfig
-from nexus.process.translation import ONE_OF_ANOTHER, TRANSLATES, check_direction, read_source, translated
-from nexus.requests import SampleRequest, refuse
+from nexus.process.translation import TRANSLATES, check_translation, read_source, translated
+from nexus.requests import SampleRequest
 from nexus.rng import ItemNoise
 from nexus.text.conditioner import LabelCondConfig, NoCondConfig
 
@@ -131,7 +131,7 @@ class ConditionalGANConfig(AdversarialConfig):
         "emoji": EMOJI_RECIPE,
         "emoji-projected": EMOJI_RECIPE,
         "pix2pix": _ADAM | {"steps": 80_000, "batch_size": 1, "lr": 2e-4, "betas": (0.5, 0.999), "flip": 0.5,
-                            "schedule": "constant-linear", "ema": 0.0},
+                            "load": 286, "schedule": "constant-linear", "ema": 0.0},
         "pix2pix-emoji": _ADAM | {"steps": 5000, "batch_size": 8, "lr": 2e-4, "betas": (0.5, 0.999), "flip": 0.5,
                                   "schedule": "constant-linear", "ema": 0.99, "save_every": 250},
     }
@@ -185,11 +185,14 @@ class Pix2Pix(nn.Module):
         noise = ItemNoise(list(range(len(x))) if seeds is None else seeds, "dropout")
         return translated(lambda part: self.net(part, noise, True), x, self.config.net.multiple).float()
 
+    def check(self, request: SampleRequest) -> None:
+        """UsageError without a picture, for a way that the model lacks, and for what steers other models."""
+        check_translation(request, self.directions)
+
     @torch.inference_mode()
     def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
         """One picture a seed, made of the request's picture. Raises InputError or UsageError."""
-        refuse(request, TRANSLATES, ONE_OF_ANOTHER)
-        check_direction(request.direction or "ab", self.directions)
+        self.check(request)
         x = read_source(request, self.config.net.in_channels).to(next(self.net.parameters()))
         shown = torch.cat([self.translate(x, seeds=[seed]) for seed in seeds]).clamp(-1, 1)
         if watch is not None:

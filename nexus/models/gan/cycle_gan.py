@@ -20,25 +20,29 @@ from nexus.nn.image_pool import ImagePool
 from nexus.nn.patch_critic import PatchCritic
 from nexus.nn.translators import ResnetConfig, UNetConfig
 from nexus.phase import Phase
-from nexus.process.translation import ONE_OF_ANOTHER, TRANSLATES, check_direction, read_source, translated
-from nexus.requests import SampleRequest, refuse
+from nexus.process.translation import TRANSLATES, check_direction, check_translation, read_source, translated
+from nexus.requests import SampleRequest
+from nexus.rng import ItemNoise
 
 LSGAN = LOSSES["lsgan"]
 WAYS = ("ab", "ba")
 
 
 class PatchNetConfig(Config):
-    """A PatchGAN critic alone, as a published file holds it; the defaults see 70x70 pixels."""
+    """A PatchGAN critic alone, as a published file holds it; the defaults see 70x70 pixels.
+
+    in_channels: 0 = those of the pictures that the generator makes.
+    """
 
     kind: Literal["patch"] = "patch"
-    in_channels: int = Field(3, ge=1)
+    in_channels: int = Field(0, ge=0)
     width: int = Field(64, ge=1)
     layers: int = Field(3, ge=1)
     norm: Literal["instance", "batch", "none"] = "instance"
 
-    def build(self) -> PatchCritic:
-        """The critic with its initial weights."""
-        critic = PatchCritic(self.in_channels, self.width, self.layers, self.norm)
+    def build(self, channels: int = 3) -> PatchCritic:
+        """The critic with its initial weights. channels: of the pictures, where in_channels does not say it."""
+        critic = PatchCritic(self.in_channels or channels, self.width, self.layers, self.norm)
         gaussian_weights(critic)
         return critic
 
@@ -74,18 +78,21 @@ class CycleGANConfig(Config):
     recipes: ClassVar[dict[str, dict]] = {
         "tiny": {"steps": 20, "batch_size": 4},
         "resnet-9": {"steps": 267_800, "batch_size": 1, "optimizer": "adam", "lr": 2e-4, "betas": (0.5, 0.999),
-                     "schedule": "constant-linear", "clip": 0.0, "ema": 0.0, "flip": 0.5, "shift": 15},
+                     "schedule": "constant-linear", "clip": 0.0, "ema": 0.0, "flip": 0.5, "load": 286},
     }
     recipes |= {
-        "resnet-6": recipes["resnet-9"],
-        "emoji": recipes["resnet-9"] | {"steps": 8000, "batch_size": 4, "shift": 4, "ema": 0.995, "save_every": 250,
-                                        "precision": "auto"},
+        "resnet-6": recipes["resnet-9"] | {"load": 143},
+        "emoji": recipes["resnet-9"] | {"steps": 8000, "batch_size": 4, "load": 0, "shift": 4, "ema": 0.995,
+                                        "save_every": 250, "precision": "auto"},
     }
 
     @model_validator(mode="after")
     def _round_trip(self) -> Self:
         if self.two_way and self.net.kind != "patch" and self.net.in_channels != self.net.out_channels:
             raise ValueError("net: a picture that comes back must have as many channels as it had")
+        if self.two_way and self.net.kind != "patch" and self.critic.in_channels not in (0, self.net.out_channels):
+            raise ValueError(f"critic.in_channels {self.critic.in_channels}: the generator makes pictures of "
+                             f"{self.net.out_channels}; 0 takes theirs")
         return self
 
     @property
@@ -96,7 +103,7 @@ class CycleGANConfig(Config):
     @property
     def image_channels(self) -> int:
         """Colour channels of the pictures."""
-        return self.net.in_channels
+        return self.net.in_channels or 3
 
     def adapt(self, facts: Any) -> Self:
         """It learns no names."""
@@ -115,9 +122,9 @@ class Both(nn.Module):
         self.ab = config.build()
         self.ba = config.build() if two_way else None
 
-    def forward(self, x: Tensor, way: str = "ab") -> Tensor:
-        """x [B, C, H, W] of the kind that `way` starts from -> the other kind."""
-        return (self.ab if way == "ab" else self.ba)(x)
+    def forward(self, x: Tensor, way: str = "ab", noise: ItemNoise | None = None, own: bool = False) -> Tensor:
+        """x [B, C, H, W] of the kind that `way` starts from -> the other kind. noise and own: see `halved`."""
+        return (self.ab if way == "ab" else self.ba)(x, noise, own)
 
 
 class CycleGAN(nn.Module):
@@ -132,7 +139,7 @@ class CycleGAN(nn.Module):
         self.external: dict[str, str] = {}
         self.net = Both(c.net, c.two_way)
         self.directions = WAYS if c.two_way else WAYS[:1]
-        self.critic = nn.ModuleDict({kind: c.critic.build() for kind in "ab"}) if c.two_way else None
+        self.critic = nn.ModuleDict({kind: c.critic.build(c.net.out_channels) for kind in "ab"}) if c.two_way else None
         shape = (c.net.out_channels, c.size, c.size)
         self.pools = nn.ModuleDict({kind: ImagePool(c.pool, shape) for kind in "ab"}) if c.two_way else None
 
@@ -171,16 +178,26 @@ class CycleGAN(nn.Module):
         return {"loss": total} | logged
 
     def translate(self, x: Tensor, direction: str = "ab", seeds: list[int] | None = None) -> Tensor:
-        """x [B, C, H, W] in [-1, 1] of any size -> the other kind. UsageError for a way that the model lacks."""
+        """x [B, C, H, W] in [-1, 1] of any size -> the other kind. UsageError for a way that the model lacks.
+
+        As published: batch norms by the picture's own statistics, and the dropout of item i, drawn by seeds[i].
+        """
         check_direction(direction, self.directions)
-        return translated(lambda part: self.net(part, direction), x, self.config.net.multiple).float()
+        noise = ItemNoise(list(range(len(x))) if seeds is None else seeds, "dropout")
+        return translated(lambda part: self.net(part, direction, noise, True), x, self.config.net.multiple).float()
+
+    def check(self, request: SampleRequest) -> None:
+        """UsageError without a picture, for a way that the model lacks, and for what steers other models."""
+        check_translation(request, self.directions)
 
     @torch.inference_mode()
     def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
-        """The request's picture as the other kind, once a seed (all the same). Raises InputError or UsageError."""
-        refuse(request, TRANSLATES, ONE_OF_ANOTHER)
+        """The request's picture as the other kind, once a seed; without dropout all are the same. Raises as `check`."""
+        self.check(request)
         x = read_source(request, self.config.image_channels).to(next(self.net.parameters()))
-        shown = self.translate(x, request.direction or "ab").clamp(-1, 1).expand(len(seeds), -1, -1, -1)
+        drawn = seeds if self.config.net.dropout else seeds[:1]
+        shown = torch.cat([self.translate(x, request.direction or "ab", [seed]) for seed in drawn]).clamp(-1, 1)
+        shown = shown.expand(len(seeds), -1, -1, -1)
         if watch is not None:
             watch(0, 1, shown, lambda x: x)
         return Media("image", shown)
@@ -205,6 +222,10 @@ class Critic(nn.Module):
         """Nothing: a critic is trained against a generator."""
         raise UsageError("a critic alone cannot be trained", hint="nexus train cyclegan --preset resnet-9")
 
-    def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
+    def check(self, request: SampleRequest) -> None:
         """InputError: a critic makes nothing."""
         raise InputError("this model is a critic of pictures: it makes none", hint="convert the generator's file")
+
+    def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
+        """See `check`."""
+        self.check(request)

@@ -221,6 +221,10 @@ class VAE(nn.Module):
         """What the decoder says -> the expected picture, in [-1, 1] but for overshoot."""
         return 2 * output.sigmoid() - 1 if self.config.likelihood == "bernoulli" else output
 
+    def check(self, request: SampleRequest) -> None:
+        """InputError for a prompt or a mask, UsageError for what steers a sampler."""
+        refuse_steering(request, self.config.image_size)
+
     @torch.inference_mode()
     def generate(self, request: SampleRequest, *, seeds: list[int],
                  watch: Callable[..., Any] | None = None) -> Media:
@@ -229,7 +233,7 @@ class VAE(nn.Module):
         Raises InputError for a prompt, a negative prompt, a mask, or a picture that cannot be read, and UsageError for
         what steers a sampler.
         """
-        refuse_steering(request, self.config.image_size)
+        self.check(request)
         weight = next(self.net.parameters())
         noise = ItemNoise(seeds).draw(self.config.net.latent_shape).to(weight)
         if request.image is None:

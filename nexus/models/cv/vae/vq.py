@@ -63,15 +63,16 @@ class VQ(nn.Module):
         """x [B, C, H, W] -> the pictures of its ids, in [-1, 1] but for overshoot."""
         return self.net.decode_rounded(self.net.encode(x)).float()
 
-    @torch.inference_mode()
-    def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
-        """The request's picture rebuilt, once a seed.
-
-        Raises InputError without a picture, for a prompt or a mask, UsageError for what steers a sampler.
-        """
+    def check(self, request: SampleRequest) -> None:
+        """InputError without a picture, for a prompt or a mask, UsageError for what steers a sampler."""
         refuse_steering(request, self.config.image_size)
         if request.image is None:
             raise InputError("this model rebuilds pictures, and has no prior to draw any from", hint="--image FILE")
+
+    @torch.inference_mode()
+    def generate(self, request: SampleRequest, *, seeds: list[int], watch: Callable[..., Any] | None = None) -> Media:
+        """The request's picture rebuilt, once a seed; raises as `check` does."""
+        self.check(request)
         x = read_picture(request.image, self.config.image_size, self.config.image_channels)
         shown = self.rebuilt(x.to(next(self.net.parameters()))).clamp(-1, 1).expand(len(seeds), -1, -1, -1)
         if watch is not None:
