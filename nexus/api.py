@@ -36,13 +36,17 @@ def load(name: str, *, offload: bool = False, tile: str = "auto", **settings) ->
     return system
 
 
-def outline(name: str, *, system: str | None = None, student: bool = False) -> torch.nn.Module:
+def outline(name: str, *, system: str | None = None, student: bool = False, whole: bool = False) -> torch.nn.Module:
     """The system that `load` would give, without weights (on the meta device), as `check` needs it.
 
-    Raises ModelError for a model that is not there, is another system's, or describes nothing that can be built.
+    whole: its files, and those of its parts, are compared with their manifests and with what it needs. Raises
+    ModelError for a model that is not there, is another system's, describes nothing that can be built, or is damaged.
     """
     path, described = checkpoint.recognised(name, system=system, student=student)
-    return checkpoint.skeleton(path, described)
+    outlined = checkpoint.skeleton(path, described)
+    if whole and not described.get("lora"):
+        checkpoint.check_files(path, outlined)
+    return outlined
 
 
 def check(system: torch.nn.Module, request: SampleRequest) -> None:
@@ -50,9 +54,27 @@ def check(system: torch.nn.Module, request: SampleRequest) -> None:
     _check_own(system, request)
     if request.control and hasattr(system, "backbone"):
         raise UsageError("this model has a ControlNet of its own", hint="leave --control out")
-    if request.guide_model is not None and not getattr(system, "takes_guide", False):
+    if request.guide_model is not None and not hasattr(system, "check_guide"):
         raise UsageError("--guide-model: this system takes no model to guide it", hint="diffusion systems do")
     system.check(request)
+    if next(system.parameters()).is_meta:               # a loaded system meets its companions as it is dressed
+        _check_companion_files(system, request)
+
+
+def _check_companion_files(system: torch.nn.Module, request: SampleRequest) -> None:
+    """The error that other models and files that a request names would end its run with, their own weights aside."""
+    if request.control:
+        from nexus.process.control import check_control
+        check_control(system, outline(request.control))
+    if request.guide_model is not None:
+        system.check_guide(request, outline(request.guide_model))
+    if request.lora:
+        from nexus.convert.lora import read_files
+        read_files(system, request.lora)
+    if request.embedding:
+        from nexus.convert.words import taught
+        with taught(system, request.embedding):
+            pass
 
 
 def train(system: str, *, progress: Callable[[dict], Any] | bool = False, **settings) -> dict:

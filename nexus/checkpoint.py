@@ -306,6 +306,17 @@ def _gathered(path: Path, system: nn.Module, read: Callable[..., dict]) -> dict:
     return found
 
 
+def check_files(path: Path, system: nn.Module) -> None:
+    """ModelError where a file that sampling would read is not as written, or is not of the system and of its parts."""
+    find_weights(path, system)
+    if wrong := misfits(path):
+        raise ModelError(wrong[0], hint="nexus models verify, or fetch it again")
+    for part, reference in system.external.items():
+        if part not in _training_only(system):
+            where = find(reference)
+            check_files(where, skeleton(where))
+
+
 def misfits(path: Path) -> list[str]:
     """Where a model's tensors are not those of the system it describes, from the headers alone: one line a finding."""
     try:

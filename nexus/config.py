@@ -100,8 +100,10 @@ def _explain(cls: type[Config], error: ValidationError) -> tuple[str, str]:
     names, section, kind = _place(cls, first["loc"])
     where = ".".join(names)
     if first["type"] != "extra_forbidden":
-        shown = "" if first["type"] == "missing" else f" (got {first['input']!r:.80})"
-        return f"{cls.__name__}: {where or 'value'}: {first['msg']}{shown}", "see the system's page for its settings"
+        whole = first["type"] == "missing" or isinstance(first["input"], dict)
+        shown = "" if whole else f" (got {first['input']!r:.80})"
+        said = first["msg"].removeprefix("Value error, ") + shown
+        return f"{cls.__name__}: {where or 'value'}: {said}", "see the system's page for its settings"
     hint = nearest(names[-1], section.model_fields.keys() - ({"kind"} if kind else set()))
     if not kind:
         return f"{cls.__name__}: unknown setting '{where}'", hint

@@ -126,7 +126,7 @@ def net_bytes(net: dict, rows: int, height: int, width: int, size: int, words: i
     skips, sum of C * N over its blocks, and the largest block, either a residual one at full size on the way up,
     N * (3 * (C + C') + C), or a transformer, 18 * C * N (its MLP is 8 C wide and gated).
     """
-    if "hidden" in net:
+    if {"hidden", "heads"} <= net.keys():
         patch = net.get("patch", 2)
         tokens = height * width // patch**2 + (words if "context_dim" in net else 0)
         scores = net["heads"] * tokens**2 * 2 if size == 2 and tokens <= KEYS_PLAIN else 0

@@ -9,7 +9,7 @@ import typer
 
 from nexus.errors import InputError, ModelError, NexusError
 from nexus_cli import options
-from nexus_cli.media import FILM, SOUNDS
+from nexus_cli.media import FILM, PICTURES, SOUNDS
 from nexus_cli.output import Output, strict_json
 
 HEADER_LIMIT = 16 * 2**20
@@ -48,7 +48,8 @@ def describe(path: Path) -> dict:
         return _safetensors(path)
     film = path.suffix.lower() == FILM
     if not os.path.exists(path):        # said at once: what reads a file takes a tenth of a second to import
-        noun = "sound" if SOUNDS.ends(path) else "film" if film else "picture"
+        noun = "sound" if SOUNDS.ends(path) else "film" if film else "picture" if PICTURES.ends(path) else \
+            "file or folder"
         raise InputError(f"there is no {noun} '{path}'", hint="check the path")
     if SOUNDS.ends(path) or film:
         return _sound(path) if SOUNDS.ends(path) else _film(path)

@@ -18,7 +18,7 @@ MANY = 1_000_000
 
 
 class Job(NamedTuple):
-    """One item: `settings` are the request's fields, `path` is None for standard output."""
+    """One item: `settings` are the request's fields, `path` is None for standard output, `line` is FILE:LINE."""
 
     id: str
     settings: dict
@@ -27,6 +27,7 @@ class Job(NamedTuple):
     path: Path | None
     skip: str = ""              # why it is not made ("exists", "done")
     error: NexusError | None = None
+    line: str = ""
 
 
 class Asked(NamedTuple):
@@ -127,7 +128,8 @@ def of_rows(asked: Asked, rows: list[Row], source: tuple[str, str], *, keep_bad:
     twins: dict[str, int] = {}
     for row in rows:
         try:
-            jobs.extend(_of_row(asked, row, where, len(jobs), twins))
+            jobs.extend(job._replace(line=f"{path}:{row.line}")
+                        for job in _of_row(asked, row, where, len(jobs), twins))
         except NexusError as error:
             located = error if error is row.error else InputError(f"{path}:{row.line}: {error}", hint=error.hint)
             if not keep_bad:

@@ -35,7 +35,7 @@ class Engine(NamedTuple):
 
 
 class Ways(NamedTuple):
-    """What happens to finished items. manifest: where each one is recorded, or None.
+    """What happens to finished items. manifest: where each one is recorded, or None. skip: files that are there stay.
 
     beside: the names of pictures (spectrograms) that are written beside them.
     """
@@ -43,6 +43,7 @@ class Ways(NamedTuple):
     manifest: Path | None = None
     metadata: bool = True
     overwrite: bool = False
+    skip: bool = False
     batch: bool = False
     stop_on_error: bool = False
     grid: tuple[int, int] | str | None = None
@@ -56,23 +57,26 @@ class Ways(NamedTuple):
 
 
 class Interrupts:
-    """Ctrl-C once: finish the current item. Twice: stop now."""
+    """Ctrl-C, SIGTERM or SIGUSR1 once: finish the current item. Twice: stop now. asked: the signal that came, or 0."""
 
     def __init__(self, out: Output, noun: str = "picture"):
-        self.asked, self._out, self._before, self._noun = False, out, None, noun
+        self.asked, self._out, self._before, self._noun = 0, out, {}, noun
 
     def __enter__(self):
-        self._before = signal.signal(signal.SIGINT, self._handle)
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+            self._before.setdefault(number, signal.signal(number, self._handle))
         return self
 
     def __exit__(self, *error):
-        signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _handle(self, number, frame):
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        self._out.note(f"finishing the current {self._noun}; Ctrl-C again stops at once")
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        self.asked = number
+        again = "Ctrl-C again" if number == signal.SIGINT else "another signal"
+        self._out.note(f"finishing the current {self._noun}; {again} stops at once")
 
 
 def done_before(manifest: Path | None, *, verify: bool = False) -> Callable[[Job], bool]:
@@ -129,11 +133,11 @@ class _Work:
 
     def group(self, jobs: list[Job]) -> None:
         """Jobs that differ in their seed alone; after a failure the rest of them goes on."""
-        while jobs:
+        while jobs := self._missing(jobs):
             made = 0
             try:
                 for job, item in zip(jobs, self._items(jobs), strict=True):
-                    self._keep(job, item)
+                    self._keep_or_skip(job, item)
                     made += 1
                     self._may_go_on()
                 return
@@ -146,6 +150,23 @@ class _Work:
                     traceback.print_exc(file=sys.stderr)
                 self.not_made(jobs[made]._replace(error=_known(error)))
                 jobs = jobs[made + 1:]
+
+    def _keep_or_skip(self, job: Job, item) -> None:
+        if self._missing([job]):
+            try:
+                self._keep(job, item)
+            except OutputError:                         # made by another process at this very moment?
+                if self._missing([job]):
+                    raise
+
+    def _missing(self, jobs: list[Job]) -> list[Job]:
+        """The jobs whose files another process has not made since this one planned, where those are to be skipped."""
+        if not self.ways.skip:
+            return jobs
+        there = [job for job in jobs if job.path and os.path.lexists(job.path)]
+        for job in there:
+            self.not_made(adopted(job._replace(skip="exists"), self.ways.kind))
+        return [job for job in jobs if job not in there]
 
     def _items(self, jobs: list[Job]) -> Iterator:
         from nexus import api
@@ -247,7 +268,7 @@ class _Work:
         elif job.error:
             self.failed += 1
             line["error"] = {"code": job.error.code, "message": str(job.error)}
-            self.out.note(f"failed: {job.error}")
+            self.out.note(f"failed: {told(job)}")
         else:
             self.done += 1
             line["reason"] = job.skip
@@ -270,11 +291,13 @@ class _Work:
         return os.path.relpath(job.path, self.ways.manifest.parent)
 
     def _may_go_on(self) -> None:
-        if self.interrupts.asked:
+        number, limit = self.interrupts.asked, self.ways.max_time
+        if number == signal.SIGINT:
             raise KeyboardInterrupt
-        limit = self.ways.max_time
-        if limit and time.monotonic() - self.started > limit and self.done + self.failed < self.total:
-            raise StoppedError(f"stopped after {self.done} of {self.total} {self.ways.kind.nouns} (--max-time)",
+        late = limit and time.monotonic() - self.started > limit
+        if (number or late) and self.done + self.failed < self.total:
+            why = signal.Signals(number).name if number else "--max-time"
+            raise StoppedError(f"stopped after {self.done} of {self.total} {self.ways.kind.nouns} ({why})",
                                hint="run the same command again to go on")
 
     def _show(self, image) -> None:
@@ -292,7 +315,7 @@ class _Work:
         if self.failed:
             where = f"; {self.ways.manifest} says why" if self.ways.manifest else ""
             raise PartialError(f"{self.failed} of {self.total} items failed{where}",
-                               hint="run the same command again: only those are made")
+                               hint="correct what was said and run the same command again: only those are made")
 
     def _sheet(self) -> None:
         from nexus import images
@@ -304,6 +327,17 @@ class _Work:
         images.write_image(path, sheet, {"seeds": [job.seed for job, _ in self.kept]}, metadata=self.ways.metadata,
                            exists="overwrite" if self.ways.overwrite else "error")
         self.out.result(str(path), {"status": "ok", "path": str(path), "grid": True})
+
+
+def adopted(job: Job, kind: Kind) -> Job:
+    """A file that was finished just before a kill carries its own identity: it is recorded, not made again."""
+    if job.skip != "exists":
+        return job
+    try:
+        record = kind.record(job.path)
+    except InputError:
+        return job
+    return job._replace(skip="adopted") if record and record.get("id") == job.id else job
 
 
 def beside(job: Job, template: Template) -> Path:
@@ -321,11 +355,17 @@ def _columns(count: int) -> int:
     return next(columns for columns in itertools.count(1) if columns * columns >= count)
 
 
-def outlined(engine: Engine, request) -> Any:
-    """The engine's system without weights, as `api.check` needs it."""
+def outlined(engine: Engine, request, *, whole: bool = False) -> Any:
+    """The engine's system without weights, as `api.check` needs it. whole: see `api.outline`."""
     from nexus import api
     return api.outline(engine.model or api.default_model(engine.system), system=engine.system,
-                       student=bool(request.lora))
+                       student=bool(request.lora), whole=whole)
+
+
+def told(job: Job) -> str:
+    """A job's error, with the line of the batch file that it comes from."""
+    said = str(job.error)
+    return said if not job.line or said.startswith(f"{job.line}:") else f"{job.line}: {said}"
 
 
 def _known(error: Exception) -> NexusError:

@@ -13,7 +13,7 @@ from nexus.naming import flag_of
 from nexus_cli import batch as batches
 from nexus_cli import jobs as planning
 from nexus_cli import parse
-from nexus_cli.making import Engine, Ways, beside, check_grid, done_before, make, outlined, together
+from nexus_cli.making import Engine, Ways, adopted, beside, check_grid, done_before, make, outlined, together, told
 from nexus_cli.media import PICTURES, Kind
 from nexus_cli.needs import needed
 from nexus_cli.output import Output, strict_json
@@ -172,18 +172,8 @@ def _of_batch(asked: planning.Asked, ways: Ways, flags: dict) -> tuple[list, Way
     rest = planning.settle([job for job in ready if not job.skip], asked.exists or "skip")
     settled = iter(rest)
     jobs = [job if job.skip else next(settled) for job in ready]
-    return [_adopt(job, ways.kind) for job in jobs], ways._replace(manifest=manifest)
-
-
-def _adopt(job, kind: Kind):
-    """A file that was finished just before a kill carries its own identity: it is recorded, not made again."""
-    if job.skip != "exists":
-        return job
-    try:
-        record = kind.record(job.path)
-    except InputError:
-        return job
-    return job._replace(skip="adopted") if record and record.get("id") == job.id else job
+    return [adopted(job, ways.kind) for job in jobs], ways._replace(
+        manifest=manifest, skip=(asked.exists or "skip") == "skip")
 
 
 def _check_beside(jobs: list, ways: Ways) -> None:
@@ -209,8 +199,8 @@ def _refused(jobs: list, engine: Engine, ways: Ways) -> list:
             continue
         request = SampleRequest.parse(job.settings)
         student = bool(request.lora)
-        if student not in systems:                      # a model that is not there ends the run, not an item of it
-            systems[student] = outlined(engine, request)
+        if student not in systems:                      # a model that is damaged ends the run, not an item of it
+            systems[student] = outlined(engine, request, whole=True)
         try:
             found[key] = None
             ways.kind.check(request)
@@ -237,7 +227,7 @@ def _show(jobs: list, engine: Engine, ways: Ways, out: Output) -> None:
                   **({"memory": memory} if memory and status == "planned" else {})}
         out.line(strict_json(record)) if out.json_lines else out.line(f"{status}  {job.path or '-'}")
         if job.error:
-            out.note(f"failed: {job.error}")
+            out.note(f"failed: {told(job)}")
     bad = sum(bool(job.error) for job in jobs)
     out.note(f"{len(ready)} to make, {len(jobs) - len(ready) - bad} there already, {bad} bad")
     if bad:

@@ -127,9 +127,10 @@ def _low_rank(text: str | None):
 
 def _plan(system: str, data: str, run: Path, settings: dict, lora: tuple, out: Output) -> None:
     """The resolved settings as JSON on stdout, and what the run would do."""
-    from nexus.train.start import planned
+    from nexus.train.start import planned, say_skipped
     part, init = lora
     found = planned(system, data, run, **settings, lora=part, init=init)
+    say_skipped(found.images, out.note)
     plan = {"system": system, "config": found.config.to_json(), "train": found.args.to_json(), "data": data,
             **({"lora": found.lora} if found.lora else {}), "init": found.init,
             KINDS[found.images.medium].nouns: len(found.images), "run": str(run),

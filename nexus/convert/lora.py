@@ -170,18 +170,9 @@ def merge_files(system: nn.Module, references: Sequence[str], *, text: bool = Tr
 
     Raises ModelError naming the first key of a file that fits nothing.
     """
-    names, fitted, words = _known(catalog.name_of(system.config), system), [], []
-    for reference in references:
-        path, weight = weighted_file(reference)
-        updates = _updates(Path(path))
-        fitted += [Fitted(one, _place(Path(path), one, names), weight) for one in updates if not one.part]
-        words += [(one, weight, path) for one in updates if one.part]
+    fitted, words = read_files(system, references)
     extras = None
     if words:
-        if not hasattr(system.conditioner, "dress"):
-            one, _, path = words[0]
-            raise ModelError(f"{path} is no LoRA for this model: {one.key} is of a text encoder, and it has none",
-                             hint="the LoRA was made for a model with CLIP")
         if not text:
             raise ModelError(f"{words[0][2]} changes the text encoders too, which cannot be merged into a model's file",
                              hint="give it with nexus sample --lora instead")
@@ -190,6 +181,24 @@ def merge_files(system: nn.Module, references: Sequence[str], *, text: bool = Tr
     if extras is not None:
         system.conditioner.dress((*extras, TextUpdates([(one, weight) for one, weight, _ in words], words[0][2])))
     return Merged(system, kept, extras)
+
+
+def read_files(system: nn.Module, references: Sequence[str]) -> tuple[list[Fitted], list[tuple[Update, float, str]]]:
+    """The updates of FILE[:WEIGHT]s for a system's network, and (update, weight, file) of its text encoders.
+
+    The system may be on the meta device. Raises ModelError naming the first key of a file that fits nothing.
+    """
+    names, fitted, words = _known(catalog.name_of(system.config), system), [], []
+    for reference in references:
+        path, weight = weighted_file(reference)
+        updates = _updates(Path(path))
+        fitted += [Fitted(one, _place(Path(path), one, names), weight) for one in updates if not one.part]
+        words += [(one, weight, path) for one in updates if one.part]
+    if words and not hasattr(system.conditioner, "dress"):
+        one, _, path = words[0]
+        raise ModelError(f"{path} is no LoRA for this model: {one.key} is of a text encoder, and it has none",
+                         hint="the LoRA was made for a model with CLIP")
+    return fitted, words
 
 
 def _updates(path: Path) -> list[Update]:

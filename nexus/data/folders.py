@@ -90,6 +90,8 @@ def _members(path: str, skipped: list[tuple[str, str]]) -> dict[str, Place]:
                     places[member.name] = Place(path, member.offset_data, member.size)
                 elif not member.isdir():
                     skipped.append((member.name, "not a regular file"))
+            if tar.offset >= os.path.getsize(path):
+                skipped.append((path, "ends without the mark of a tar's end: it may be cut short"))
     except (tarfile.TarError, OSError) as error:
         if not places:
             raise InputError(f"{path!r} cannot be read as a .tar: {error}",
@@ -106,7 +108,8 @@ def _describe(places: dict[str, Place], prefix: str, endings: Collection[str], f
         if PurePosixPath(name).name in ("metadata.jsonl", "metadata.csv"):
             rows.update(_metadata(prefix + name, name, place))
     for name in sorted(rows.keys() - places.keys()):
-        skipped.append((prefix + name, "named in the metadata but not there"))
+        outside = name.startswith(("../", "/"))
+        skipped.append((prefix + name, "named in the metadata but " + ("outside the set" if outside else "not there")))
     for name, place in places.items():
         stem, extension = os.path.splitext(name)
         if extension.lower() not in endings:
@@ -136,18 +139,39 @@ def _note(place: Place, extension: str) -> dict:
 
 
 def _metadata(shown: str, name: str, place: Place) -> Iterator[tuple[str, dict]]:
-    """(file name, note) per row of metadata.jsonl or metadata.csv; raises InputError naming the row."""
+    """(file name, note) per row of metadata.jsonl or metadata.csv; raises InputError naming the line."""
     line = 0
     try:
-        lines = io.StringIO(place.read().decode("utf-8-sig"), newline="")
-        rows = csv.DictReader(lines) if name.endswith(".csv") else map(json.loads, filter(str.strip, lines))
-        for line, row in enumerate(rows, start=1):  # noqa: B007  (the error below names it)
+        for line, text in _rows(name, place.read().decode("utf-8-sig")):  # noqa: B007  (errors below name it)
+            row = json.loads(text) if isinstance(text, str) else text
+            if not isinstance(row, dict):
+                raise ValueError("not a JSON object")
             note = {"text": row.get("text", row.get("caption"))}
             note |= {key: row[key] for key in ("style", "class") if key in row}
-            picture = row["file_name"]
+            picture = row.get("file_name")
             if not all(isinstance(value, str) for value in (picture, *note.values())):
-                raise ValueError("expected text in file_name, text, style and class")
+                raise ValueError("file_name, text, style or class is missing or is no text")
             yield posixpath.normpath(posixpath.join(posixpath.dirname(name), picture)), note
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, csv.Error, RecursionError) as error:
-        raise InputError(f"{shown} cannot be read after row {line}: {error!r}",
-                         hint="expected file_name and text (or caption) in every row, as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise _unreadable(f"{shown}:{line}", f"not JSON: {error.msg} at column {error.colno}") from None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable(f"{shown}:{line}" if line else shown, str(error)) from None
+
+
+def _rows(name: str, text: str) -> Iterator[tuple[int, str | dict]]:
+    """Number and text of the lines of a .jsonl, or number and cells of the rows of a .csv."""
+    lines = io.StringIO(text, newline="")
+    if not name.endswith(".csv"):
+        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        return
+    reader = csv.DictReader(lines)
+    if "file_name" not in (reader.fieldnames or ()):
+        raise ValueError(f"there is no column file_name among {', '.join(reader.fieldnames or ()) or 'none':.200}")
+    try:
+        yield from ((reader.line_num, row) for row in reader)
+    except csv.Error as error:
+        raise ValueError(f"after line {reader.line_num}: {error}") from None
+
+
+def _unreadable(where: str, why: str) -> InputError:
+    return InputError(f"{where}: {why}", hint="expected file_name and text (or caption) in every row, as UTF-8")

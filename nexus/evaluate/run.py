@@ -95,9 +95,16 @@ def evaluate(what: str, *, model: str | None = None, data: str | None = None, sp
     request = SampleRequest.parse(sampling)
     used = getattr(system, "used_settings", lambda request: {})(request)
     facts |= {**sampling, **used}
-    found = _generated(system, held, data, facts, settings, generate or from_system(system, request, batch_size))
+    found = _generated(system, held, data, facts, settings, generate or _itself(system, request, held, batch_size))
     own = getattr(system, "measures", lambda seed: {})(seed)
     return {**found, "numbers": {**found["numbers"], **own}}
+
+
+def _itself(system: nn.Module, request: SampleRequest, held: ImageSet, batch_size: int) -> Generate:
+    """`from_system`; what it would refuse is told now, and not after minutes of looking at real pictures."""
+    asked = getattr(system, "conditioner", None) is not None
+    system.check(request.model_copy(update={"prompt": prompts_of(held, [0])[0] if asked else None}))
+    return from_system(system, request, batch_size)
 
 
 def _refuse(given: dict[str, Any], why: str) -> None:

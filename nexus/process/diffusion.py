@@ -29,8 +29,8 @@ from nexus.process.predictions import (
     x0_of,
 )
 from nexus.process.schedules import Grid, grid, tail
-from nexus.process.sources import read_known, read_noise
-from nexus.process.steer import OWN_SCALES, Task, beside, cached, check_steering, scale_of, steered
+from nexus.process.sources import noise_rows, read_known, read_noise
+from nexus.process.steer import OWN_SCALES, Task, beside, cached, check_guide, check_steering, scale_of, steered
 from nexus.requests import SampleRequest
 from nexus.rng import ItemNoise
 from nexus.text.conditioner import LabelCondConfig, NoCondConfig, TextCondConfig, dropped
@@ -147,7 +147,6 @@ class Run(NamedTuple):
 class Diffusion(nn.Module):
     """A network on a path, between an optional codec and an optional conditioner."""
 
-    takes_guide = True
     denoises = True                     # step by step, so that pictures have a likelihood
 
     def __init__(self, config: DiffusionConfig):
@@ -247,6 +246,12 @@ class Diffusion(nn.Module):
             c.concat.check(request, shape)
         self._points(request, shape)
         self._check_steering(request)
+        if request.initial_noise is not None:
+            noise_rows(request.initial_noise, shape)
+
+    def check_guide(self, request: SampleRequest, guide: nn.Module) -> None:
+        """UsageError for a system that cannot guide this one as the request asks; see `check`."""
+        check_guide(self, request, self._points(request, self.run_shape(request)), guide)
 
     def _check_steering(self, request: SampleRequest) -> None:
         check_steering(self, request)

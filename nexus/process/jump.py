@@ -71,7 +71,6 @@ class Consistency(Diffusion):
     jump is compared with; a loaded model has neither.
     """
 
-    takes_guide = False
     denoises = False
     training_only = ("teacher", "target")
 

@@ -66,8 +66,8 @@ def read_known(request: SampleRequest, shape: tuple[int, int, int], config, devi
     return Known(picture, (mask > 127).to(device))
 
 
-def read_noise(path: str, shape: tuple[int, int, int], seeds: list[int]) -> Tensor:
-    """Key `noise` of a safetensors file as float32 [B, *shape]; item i takes row i, a single row serves all."""
+def noise_rows(path: str, shape: tuple[int, ...]) -> Tensor:
+    """Key `noise` of a safetensors file as float32 [rows, *shape]; InputError for a file that has none such."""
     if not Path(path).is_file():
         raise InputError(f"there is no noise file '{path}'", hint="a .safetensors file with the key 'noise'")
     try:
@@ -76,9 +76,19 @@ def read_noise(path: str, shape: tuple[int, int, int], seeds: list[int]) -> Tens
                 raise InputError(f"{path} has no key 'noise'", hint=f"keys: {', '.join(list(file.keys())[:5])}")
             noise = file.get_tensor("noise").float()
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise InputError(f"cannot read the noise file {path}: {error}") from None
+        raise InputError(f"cannot read the noise file {path}: {error}",
+                         hint="a .safetensors file with the key 'noise'") from None
     rows = noise[None] if noise.shape == shape else noise
-    if rows.shape[1:] != shape or len(rows) not in (1, len(seeds)):
-        raise InputError(f"the noise is {list(noise.shape)}, [{len(seeds)}, {', '.join(map(str, shape))}] expected",
-                         hint="one row an item, in the model's latent shape; --batch-size must hold them all")
+    if rows.shape[1:] != shape:
+        raise InputError(f"the noise is {list(noise.shape)}, [N, {', '.join(map(str, shape))}] expected",
+                         hint="one row an item, in the model's latent shape")
+    return rows
+
+
+def read_noise(path: str, shape: tuple[int, ...], seeds: list[int]) -> Tensor:
+    """`noise_rows` as [B, *shape]: item i takes row i, a single row serves all. InputError for another number."""
+    rows = noise_rows(path, shape)
+    if len(rows) not in (1, len(seeds)):
+        raise InputError(f"the noise has {len(rows)} rows, {len(seeds)} or 1 expected",
+                         hint="one row an item; --batch-size must hold them all")
     return rows.expand(len(seeds), *shape)

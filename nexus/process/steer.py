@@ -88,11 +88,13 @@ def _is_led_away(system, request: SampleRequest) -> bool:
 
 
 def steered(task: Task) -> tuple[Callable, tuple[dict, ...]]:
-    """denoise(x, t) -> x0 with guidance and thresholds, and each item's notes; see `check_steering`.
+    """denoise(x, t) -> x0 with guidance and thresholds, and each item's notes.
 
-    Raises UsageError for a guide that does not fit.
+    Raises UsageError for a guide that does not fit; all else that cannot be done is `check_steering`'s.
     """
     c, request = task.system.config, task.request
+    if request.guide_model is not None:
+        check_guide(task.system, request, task.points, task.guide)
     sides = _sides(task)
     denoise = _guided(task, sides)
     if request.dynamic_threshold is not None:
@@ -232,27 +234,31 @@ def _perturb(net, request: SampleRequest) -> Perturb:
     return Perturb(identity=layers) if kind == "pag" else Perturb(skip=layers)
 
 
-def _checked(task: Task):
-    """The guide, if it denoises what the model denoises, on the same path; else UsageError."""
-    c, guide, name = task.system.config, task.guide, task.request.guide_model
+def check_guide(system, request: SampleRequest, points: Grid, guide) -> None:
+    """UsageError for a guide that does not see what the model denoises, on the same path, or is of another kind."""
+    c, name = system.config, request.guide_model
     if guide is None:
         raise UsageError(f"the model '{name}' was not loaded", hint="pass it to generate as guide=")
     config = getattr(guide, "config", None)
     if getattr(config, "path", None) is None or config.latent_shape[0] != c.latent_shape[0] or config.codec != c.codec:
         raise UsageError(f"--guide-model {name} does not see what this model makes",
                          hint="both need the same pixels, or latents of the same codec")
-    theirs, ours = config.path.at(task.points.t[:-1]), (task.points.alpha[:-1], task.points.sigma[:-1])
+    theirs, ours = config.path.at(points.t[:-1]), (points.alpha[:-1], points.sigma[:-1])
     if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(theirs, ours, strict=True)):
         raise UsageError(f"--guide-model {name} was trained on another noise process", hint="their paths must agree")
-    return guide
+    if request.guidance_kind == "classifier" and not hasattr(guide, "log_prob"):
+        raise UsageError(f"--guide-model {name} is no classifier of noisy pictures",
+                         hint="nexus train conditional --preset classifier trains one")
+    if request.guidance_kind == "autoguidance" and not (hasattr(guide, "conditioner") and hasattr(guide, "loss")):
+        raise UsageError(f"--guide-model {name} does not denoise", hint="a classifier guides with "
+                         "--guidance-kind classifier")
+    if request.prompt is not None and guide.conditioner is not None:
+        guide.conditioner.check(request.prompt)
 
 
 def _weaker(task: Task) -> Callable:
     """The guide as a denoiser under the same prompt. Karras et al. 2024 (autoguidance)."""
-    guide = _checked(task)
-    if not hasattr(guide, "conditioner") or not hasattr(guide, "loss"):
-        raise UsageError(f"--guide-model {task.request.guide_model} does not denoise", hint="a classifier guides with "
-                         "--guidance-kind classifier")
+    guide = task.guide
     cond = None
     if guide.conditioner is not None:
         cond, _ = guide.conditioner.prompts([task.request.prompt] * task.n, task.device)
@@ -268,8 +274,5 @@ def _classifier(task: Task) -> Callable:
 
 def _classes(task: Task) -> tuple[Tensor, tuple[dict, ...]]:
     """The ids [B] that the guide gives to the prompt, and what it was matched to."""
-    if not hasattr(_checked(task), "log_prob"):
-        raise UsageError(f"--guide-model {task.request.guide_model} is no classifier of noisy pictures",
-                         hint="nexus train conditional --preset classifier trains one")
     cond, notes = task.guide.conditioner.prompts([task.request.prompt] * task.n, task.device)
     return cond["label"], notes

@@ -32,6 +32,15 @@ def lock(run: Path) -> FileLock:
     return held
 
 
+def leave_unbegun(run: Path) -> None:
+    """Remove a folder that holds nothing but this process's lock: what was asked for was refused."""
+    ours = {"run.lock", "run.owner"}
+    if all(path.name in ours for path in run.iterdir()):
+        for name in ours:
+            (run / name).unlink(missing_ok=True)
+        run.rmdir()
+
+
 def step_folder(run: Path, step: int) -> Path:
     """Where the checkpoint after `step` steps lives."""
     return run / f"step-{step:07d}"

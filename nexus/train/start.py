@@ -18,7 +18,7 @@ from nexus.data.images import ImageSet
 from nexus.data.kept import Shelf, unkept
 from nexus.data.latents import CodeSet, Keep, LatentSet
 from nexus.data.order import indices
-from nexus.errors import InputError, UsageError
+from nexus.errors import InputError, ModelError, UsageError
 from nexus.nn.lora import LoRAConfig
 from nexus.nn.precision import has_bfloat16
 from nexus.process.pairs import fingerprint
@@ -117,11 +117,33 @@ def planned(system: str, data: str, run: Path, *, preset: str | None = None, fil
     images = open_for(config, data, load=args.load)
     config = config if low else (config if begun else like_base(config)).adapt(images.facts)
     if begun:
-        return Plan(config, args, images, low, _check_same(run, config, args, init, images.facts.digest))
-    init = init or getattr(config, "teacher", None) or getattr(config, "base", None)    # a student starts as it
-    if init is None and getattr(config, "goes_on", False):
-        raise UsageError("these settings go on with a trained model, and none is named", hint="--init MODEL")
+        init = _check_same(run, config, args, init, images.facts.digest)
+    else:
+        init = init or getattr(config, "teacher", None) or getattr(config, "base", None)    # a student starts as it
+        if init is None and getattr(config, "goes_on", False):
+            raise UsageError("these settings go on with a trained model, and none is named", hint="--init MODEL")
+    _check_parts(config, None if low or runs.checkpoints(run) else init)
     return Plan(config, args, images, low, init)
+
+
+def _check_parts(config: Config, init: str | None) -> None:
+    """ModelError for models that training needs which are not there or do not fit, before any of them is loaded."""
+    with torch.device("meta"):
+        built = config.build()
+    for part, reference in built.external.items():
+        other = checkpoint.skeleton(checkpoint.find(reference))
+        if hasattr(built, "admit"):
+            built.admit(part, other)
+    if init:
+        _common(checkpoint.released_state(checkpoint.skeleton(checkpoint.find(init))), built, init)
+
+
+def say_skipped(images: ImageSet, report: Callable[[str], None]) -> None:
+    """What of the data is not used, and why."""
+    for name, reason in images.skipped[:20]:
+        report(f"skipped {name}: {reason}")
+    if images.skipped:
+        report(f"{len(images.skipped)} files were skipped, {len(images)} are used")
 
 
 def _with_precision(args: TrainArgs, begun: Path | None, device: str) -> TrainArgs:
@@ -153,7 +175,7 @@ def train(system: str, *, data: str, run: Path, preset: str | None = None, confi
     """
     catalog.entry(system)
     run, target = Path(run), checkpoint.pick_device(device)
-    world = join(target)
+    world, new = join(target), not run.exists()
     held = runs.lock(run) if world.is_main else None
     try:
         return _train(system, data, run, target, world, preset, config, list(overrides), flags or {}, init, resume,
@@ -161,6 +183,8 @@ def train(system: str, *, data: str, run: Path, preset: str | None = None, confi
     finally:
         leave(world)
         if held:
+            if new:
+                runs.leave_unbegun(run)
             held.release()
 
 
@@ -174,10 +198,7 @@ def _train(system, data, run, device, world, preset, file, overrides, flags, ini
                    device=str(device))
     config, args, images, lora, init = plan
     _check_split(args, world.size)
-    for name, reason in images.skipped[:20]:
-        report(f"skipped {name}: {reason}")
-    if images.skipped:
-        report(f"{len(images.skipped)} files were skipped, {len(images)} are used")
+    say_skipped(images, report)
     if args.precision == "bfloat16" and not has_bfloat16(device):
         report("this device only emulates bfloat16, which takes many times longer: begin with --precision float32")
     built = _built(system, config, args, run, init, lora, report)
@@ -191,6 +212,8 @@ def _train(system, data, run, device, world, preset, file, overrides, flags, ini
                    exists="overwrite")
     state = new_state(system, built, args)
     step = _resume(state, run, world, report)
+    if step >= args.steps:
+        report(f"nothing is left to train: the run has {step} steps, and {args.steps} are asked for")
     hooks = Hooks(_batches(images, built, args, run, world, device, progress), progress,
                   lambda state: write_samples(state, run, device, images), report, lambda: write_report(run))
     if world.is_main and shows(args, step) and not sheet(run, step).exists():
@@ -246,13 +269,20 @@ def _warm_start(system: torch.nn.Module, name: str) -> str:
     """Take over every tensor of equal name and shape."""
     source = checkpoint.load(name, device="cpu")
     have, own = checkpoint.own_state(source), checkpoint.own_state(system)
-    taken = [n for n, t in own.items() if n in have and have[n].shape == t.shape]
-    if not taken:
-        raise InputError(f"--init {name} has no tensor of this system's names and shapes")
+    taken = _common(have, system, name)
     with torch.no_grad():
         for n in taken:
             own[n].copy_(have[n])
     return f"took {len(taken)} of {len(own)} tensors from {name}"
+
+
+def _common(have: dict[str, torch.Tensor], system: torch.nn.Module, name: str) -> list[str]:
+    """Names of the system's tensors that a model has in the same shape; ModelError where there is none."""
+    taken = [n for n, t in checkpoint.own_state(system).items() if n in have and have[n].shape == t.shape]
+    if not taken:
+        raise ModelError(f"--init {name} has no tensor of this system's names and shapes",
+                         hint="a model of this system, with the same --preset; nexus info shows its settings")
+    return taken
 
 
 def _prepared(images: ImageSet, system: torch.nn.Module, args: TrainArgs, run: Path, world, progress):

@@ -40,9 +40,10 @@ def test_a_model_guides_itself_by_name(sample, trained, tmp_path):
     (("--guidance-kind", "cfg-zero"), 2, "unconditional"),
     (("--dynamic-threshold", "0"), 2, "above 0")])
 def test_what_cannot_be_is_refused_in_words(sample, tmp_path, arguments, code, words):
-    done = sample(*arguments, "-o", "a.png", cwd=tmp_path)
-    assert words in " ".join(done.stderr.decode().split())
-    assert done.returncode == code and not (tmp_path / "a.png").exists()
+    for plan in ([], ["--dry-run"]):
+        done = sample(*arguments, "-o", "a.png", *plan, cwd=tmp_path)
+        assert words in " ".join(done.stderr.decode().split())
+        assert done.returncode == code and not (tmp_path / "a.png").exists()
 
 
 def test_a_system_that_takes_no_guide_says_so(warm, trained, tmp_path):

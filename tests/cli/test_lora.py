@@ -1,8 +1,12 @@
 """--lora, --embedding and --control on the command line; what they compute is tested elsewhere."""
 
 import json
+import shutil
 
 import pytest
+from PIL import Image
+
+from nexus import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +58,27 @@ def test_a_plan_shows_the_lora(warm, trained, pictures, tmp_path):
 def test_what_is_not_there_is_said_at_once(warm, trained, arguments, code, said):
     done = warm("sample", "ddpm", "-m", trained, *arguments, "--device", "cpu", "-o", "/tmp/never.png")
     assert done.returncode == code and said in " ".join(done.stderr.decode().replace("│", " ").split())
+
+
+@pytest.mark.parametrize("arguments, code, said", [
+    (["--lora", "a.png"], 4, "a.png"), (["--embedding", "a.png"], 3, "learns no words"),
+    (["--initial-noise", "a.png"], 3, "cannot read the noise file"),
+    (["--guidance-kind", "autoguidance", "--guide-model", "a.png"], 4, "a.png"),
+    (["--guidance-kind", "autoguidance", "--guide-model", "dit"], 2, "does not see what this model makes"),
+    (["--control", "dit", "--control-image", "a.png"], 2, "no ControlNet")])
+def test_the_plan_opens_what_the_run_would(warm, trained, tmp_path, arguments, code, said):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    for plan in ([], ["--dry-run"]):
+        done = warm("sample", "ddpm", "-m", trained, "--steps", 2, *arguments, *plan, "--device", "cpu", "-o", "x.png",
+                    cwd=tmp_path)
+        assert done.returncode == code and said in " ".join(done.stderr.decode().split()), done.stderr.decode()
+
+
+def test_the_plan_verifies_the_models_files(warm, trained, tmp_path):
+    copy = shutil.copytree(checkpoint.find(str(trained)), tmp_path / "copy")
+    data = bytearray((copy / "ema.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "ema.safetensors").write_bytes(data)
+    for plan in ([], ["--dry-run"]):
+        done = warm("sample", "ddpm", "-m", copy, "--steps", 2, *plan, "--device", "cpu", "-o", "x.png", cwd=tmp_path)
+        assert done.returncode == 4 and "sha256 differs" in done.stderr.decode(), done.stderr.decode()

@@ -149,10 +149,22 @@ def test_one_bad_item_does_not_stop_the_batch(sample, tmp_path):
     done = sample("-b", "b.jsonl", "-o", "out/", cwd=tmp_path)
     assert done.returncode == 7, done.stderr.decode()
     assert len(done.stdout.splitlines()) == 2 and "1 of 3 items failed" in done.stderr.decode()
+    assert "failed: b.jsonl:2: " in done.stderr.decode()
     failed = [r for r in read_records(tmp_path / "out" / "manifest.jsonl") if r["status"] == "failed"]
     assert len(failed) == 1 and failed[0]["error"]["code"] == 3
     stopped = sample("-b", "b.jsonl", "-o", "other/", "--on-error", "stop", cwd=tmp_path)
     assert stopped.returncode == 3 and len(stopped.stdout.splitlines()) == 1
+
+
+def test_two_processes_on_one_batch_share_it(nexus, trained, tmp_path):
+    """Planned at once, before either has written: what one has made, the other does not make again, nor stops at."""
+    (tmp_path / "b.jsonl").write_text("".join(f'{{"seed": {i}}}\n' for i in range(60)))
+    both = [nexus("sample", "ddpm", "-m", trained, "--steps", 2, "--batch-size", 1, "-b", "b.jsonl", "-o", "o/",
+                  "--device", "cpu", cwd=tmp_path, wait=False) for _ in "ab"]
+    for running in both:
+        _, errors = running.communicate(timeout=120)
+        assert running.returncode == 0, errors.decode()
+    assert len(list((tmp_path / "o").glob("*.png"))) == 60
 
 
 def test_max_time_stops_between_pictures(sample, tmp_path):
@@ -160,7 +172,7 @@ def test_max_time_stops_between_pictures(sample, tmp_path):
     assert done.returncode == 75 and len(done.stdout.splitlines()) == 1
 
 
-@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 def test_a_signal_leaves_whole_files(nexus, trained, tmp_path, number, code):
     running = nexus("sample", "ddpm", "-m", trained, "--steps", 2, "-N", 100_000, "-s", 1, "-o", "o/{n}.png",
                     "--device",

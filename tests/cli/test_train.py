@@ -116,3 +116,14 @@ def test_two_processes_cannot_share_a_run(nexus, pictures, tmp_path):
     running.terminate()
     running.communicate(timeout=60)
     assert second.returncode == 8 and f"pid {running.pid}" in second.stderr.decode()
+
+
+@pytest.mark.parametrize("system, more, said", [
+    ("lcm", ["--set", "teacher=nope"], "there is no model 'nope'"), ("ddpm", ["--init", "dit"], "no tensor"),
+    ("lcm", ["--set", "teacher=flow"], "teacher")])
+def test_a_model_that_training_needs_is_missed_by_the_plan_and_leaves_nothing(warm, pictures, tmp_path, system, more,
+                                                                              said):
+    for plan in (["--dry-run"], []):
+        done = warm("train", system, "--preset", "tiny", "--data", pictures, "--run", "r", *more, *plan, cwd=tmp_path)
+        assert done.returncode == 4 and said in done.stderr.decode(), done.stderr.decode()
+        assert not (tmp_path / "r").exists()

@@ -55,8 +55,8 @@ def test_metadata_jsonl(tmp_path):
     data = open_images(str(tmp_path))
     assert data.captions == ["first", "", "second"]
     assert data.facts.styles == ("", "ink") and data.style_ids.tolist() == [0, 0, 1]
-    reason = "named in the metadata but not there"
-    assert sorted(data.skipped) == [("../c.png", reason), ("gone.png", reason)]
+    reason = "named in the metadata but "
+    assert sorted(data.skipped) == [("../c.png", reason + "outside the set"), ("gone.png", reason + "not there")]
 
 
 def test_metadata_csv(tmp_path):
@@ -67,20 +67,20 @@ def test_metadata_csv(tmp_path):
     assert data.captions == ["one, two three"] and data.facts.classes == ("k",)
 
 
-@pytest.mark.parametrize("name, text, row", [
-    ("metadata.jsonl", '{"file_name": "a.png", "text": "ok"}\n{"file_name":', "row 1"),
-    ("metadata.jsonl", '["file_name"]\n', "row 1"),
-    ("metadata.jsonl", '{"file_name": "a.png"}\n', "row 1"),
-    ("metadata.jsonl", '{"file_name": "a.png", "text": 3}\n', "row 1"),
-    ("metadata.jsonl", "[" * 100_000, "row 0"),
-    ("metadata.csv", "name,text\na.png,x\n", "row 1"),
-    ("metadata.csv", "file_name,text\na.png\n", "row 1"),
-    ("metadata.csv", "file_name,text\na.png," + "x" * 200_000, "row 0"),
+@pytest.mark.parametrize("name, text, said", [
+    ("metadata.jsonl", '{"file_name": "a.png", "text": "ok"}\n\n{"file_name":', ":3: not JSON.*column 14"),
+    ("metadata.jsonl", '["file_name"]\n', ":1: not a JSON object"),
+    ("metadata.jsonl", '{"file_name": "a.png"}\n', ":1: file_name, text"),
+    ("metadata.jsonl", '{"file_name": "a.png", "text": 3}\n', ":1: file_name, text"),
+    ("metadata.jsonl", "[" * 100_000, ":1: "),
+    ("metadata.csv", "name,text\na.png,x\n", "no column file_name among name, text"),
+    ("metadata.csv", "file_name,text\na.png\n", ":2: file_name, text"),
+    ("metadata.csv", "file_name,text\na.png," + "x" * 200_000, "after line 1: field larger"),
 ])
-def test_damaged_metadata_names_file_and_row(tmp_path, name, text, row):
+def test_damaged_metadata_names_file_and_line(tmp_path, name, text, said):
     picture(tmp_path / "a.png")
     (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=f"{name}.*{row}"):
+    with pytest.raises(InputError, match=f"{name}.*{said}"):
         open_images(str(tmp_path))
 
 

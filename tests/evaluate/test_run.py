@@ -238,3 +238,11 @@ def test_a_gan_has_a_likelihood_by_windows(trained, monkeypatch):
     assert facts["width"] in [round(float(w), 4) for w in parzen.WIDTHS]
     with pytest.raises(UsageError, match="^--steps: "):
         evaluate(trained("gan"), split="all", count=4, steps=6, device="cpu", likelihood=True)
+
+
+def test_what_a_model_refuses_is_said_before_any_picture_is_looked_at(trained, data):
+    looked = []
+    with pytest.raises(UsageError, match="nothing to guide it by"):
+        evaluate(trained("ddpm"), data=str(data), split="all", guidance=4.0, device="cpu",
+                 progress=lambda *n: looked.append(n))
+    assert not looked
