@@ -13,7 +13,7 @@ from nexus.convert import stream
 from nexus.convert.detect import Found, detect, opened
 from nexus.convert.export import Model, Target, entry, export, layout_names, wanted_layout, write
 from nexus.convert.pieces import Piece, built
-from nexus.errors import ModelError, UsageError
+from nexus.errors import InputError, ModelError, UsageError
 
 
 class Report(NamedTuple):
@@ -159,5 +159,11 @@ def settle(found: Found, overrides: Sequence[str]) -> tuple[Config, dict[str, ob
                              hint=f"give it with --set {name}=VALUE")
         elif node.get(last) is not None:
             assumed[name] = node[last]
-    return catalog.config_class(layout.system).parse(data).override(list(overrides)), assumed
+    try:
+        config = catalog.config_class(layout.system).parse(data)
+    except InputError as error:
+        if given:
+            raise
+        raise ModelError(f"{source.path} is of a kind that this network has not: {error}", hint=error.hint) from None
+    return config.override(list(overrides)), assumed
 

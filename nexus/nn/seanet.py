@@ -20,7 +20,7 @@ from torch import Tensor, nn
 ELU_SPREAD = 1.25
 BRANCH_SPREAD = 0.4         # of the last layer of a branch that is added to its input
 
-Padding = Literal["reflect", "constant"]
+Padding = Literal["reflect", "constant", "replicate"]
 ConvNorm = Literal["weight", "group", "none"]
 
 
@@ -58,7 +58,7 @@ class Shape(NamedTuple):
 def padded(x: Tensor, left: int, right: int, padding: Padding) -> Tensor:
     """x [B, C, T] with so many more samples at its ends; what is too short to be mirrored is first made longer."""
     if padding != "reflect":
-        return F.pad(x, (left, right))
+        return F.pad(x, (left, right), padding)
     lack = max(0, max(left, right) + 1 - x.shape[-1])
     mirrored = F.pad(F.pad(x, (0, lack)), (left, right), "reflect")
     return mirrored[..., :mirrored.shape[-1] - lack]

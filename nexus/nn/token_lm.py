@@ -26,10 +26,10 @@ class TokenLMConfig(Config):
     """The language model; the defaults are MusicGen-small.
 
     delays: by how many steps each codebook comes late; () = one after the other. text: where text vectors of width
-    context_dim go, into a second attention or in front of the music. chroma: bins of a melody, which goes in front of
-    the text; 0 = it takes none. style: what hears the style of an excerpt, whose vectors of width `chroma` then go in
-    the melody's place. padding: whether the second attention sees the zero vectors of padded text (audiocraft)
-    or not (transformers), which matters only where texts of several lengths meet in a batch.
+    context_dim go, into a second attention or in front of the music; without project_text as they are. chroma: bins of
+    a melody, which goes in front of the text; 0 = it takes none. style: what hears the style of an excerpt, whose
+    vectors of width `chroma` then go in the melody's place. padding: whether the second attention sees the zero vectors
+    of padded text (audiocraft) or not (transformers), which matters only where texts of several lengths meet.
     """
 
     presets: ClassVar[dict[str, dict]] = {
@@ -50,6 +50,7 @@ class TokenLMConfig(Config):
     delays: tuple[int, ...] = ()
     text: Literal["cross", "prepend", "none"] = "cross"
     context_dim: int = Field(768, ge=1)
+    project_text: bool = True
     chroma: int = Field(0, ge=0)
     style: StyleConfig | None = None
     padding: Literal["seen", "hidden"] = "seen"
@@ -60,6 +61,8 @@ class TokenLMConfig(Config):
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}, or odd")
         if self.delays and (len(self.delays) != self.codebooks or min(self.delays) != 0):
             raise ValueError(f"delays: one for each of {self.codebooks} codebooks, the smallest 0")
+        if not self.project_text and self.context_dim != self.dim:
+            raise ValueError(f"project_text false: a text of {self.context_dim} numbers a word does not fit {self.dim}")
         if self.style and self.chroma != self.style.dim:
             raise ValueError(f"chroma {self.chroma}: vectors of a style have {self.style.dim} numbers")
         return self
@@ -92,7 +95,7 @@ class TokenLM(nn.Module):
         super().__init__()
         self.config, c = config, config
         self.emb = nn.Embedding(c.codebooks * (c.bins + 1), c.dim)      # all codebooks below each other
-        self.text = nn.Linear(c.context_dim, c.dim) if c.text != "none" else None
+        self.text = nn.Linear(c.context_dim, c.dim) if c.text != "none" and c.project_text else None
         self.melody = nn.Linear(c.chroma, c.dim) if c.chroma else None
         self.style = c.style.build() if c.style else None
         self.decoder = Decoder(c.dim, c.depth, c.heads, int(c.dim * c.mlp_ratio), cross=c.text == "cross")
@@ -106,9 +109,9 @@ class TokenLM(nn.Module):
         front = [_masked(self.melody(cond["melody"].to(self.melody.weight)), cond.get("melody_mask"))] \
             if self.melody is not None and "melody" in cond else []
         sources = None
-        if self.text is not None and "context" in cond:
-            mask = cond.get("context_mask")
-            words = _masked(self.text(cond["context"].to(self.text.weight)), mask)
+        if c.text != "none" and "context" in cond:
+            mask, words = cond.get("context_mask"), cond["context"].to(self.emb.weight)
+            words = _masked(words if self.text is None else self.text(words), mask)
             if c.text == "prepend":
                 front.append(words)
             else:

@@ -25,6 +25,7 @@ PUBLISHED = {"24khz": (14_846_817, 14_851_810, 4_194_304), "32khz": (56_876_737,
 SMALL = {"num_filters": 4, "hidden_size": 8, "upsampling_ratios": [4, 2], "codebook_size": 16}
 # Of the published 24, 32 and 48 kHz, with smaller sizes; 48 kHz in segments of 0.1 seconds.
 TRANSFORMERS = {
+    "replicate": {"sampling_rate": 2400, "target_bandwidths": [1.2, 2.4, 4.8], "pad_mode": "replicate"},
     "24khz": {"sampling_rate": 2400, "target_bandwidths": [1.2, 2.4, 4.8]},
     "32khz": {"sampling_rate": 3200, "target_bandwidths": [6.4], "use_causal_conv": False,
               "use_conv_shortcut": False, "num_lstm_layers": 1},
@@ -275,3 +276,10 @@ def test_settings_that_this_codec_has_not_are_refused():
                  {"encodec": {"quantizer": "no_quant"}}, {"seanet": {"disable_norm_outer_blocks": 2}}):
         with pytest.raises(ModelError):
             audiocraft(said)
+
+
+def test_a_padding_that_this_codec_has_not_is_told_with_its_file(tmp_path):
+    pytest.importorskip("transformers")
+    random_model({"pad_mode": "circular"}).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ModelError, match="theirs is of a kind that this network has not.*padding"):
+        convert(tmp_path / "theirs", tmp_path / "ours")

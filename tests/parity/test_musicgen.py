@@ -178,15 +178,16 @@ SOUND = {"num_filters": 4, "hidden_size": 8, "upsampling_ratios": [4, 2], "codeb
          "sampling_rate": RATE, "target_bandwidths": [6.4], "use_causal_conv": False, "use_conv_shortcut": False}
 DECODER = {"vocab_size": BINS, "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 64, "num_attention_heads": 4,
            "pad_token_id": BINS, "bos_token_id": BINS, "max_position_embeddings": 64}
-KINDS = {"text": (False, 1), "text-stereo": (False, 2), "melody": (True, 1), "melody-stereo": (True, 2)}
+KINDS = {"text": (False, 1), "text-stereo": (False, 2), "melody": (True, 1), "melody-stereo": (True, 2),
+         "text-alike": (False, 1)}      # its text has the network's width
 LENGTH, STEPS = 10, 20              # frames of chroma, steps of a run
 PROMPT = "a red ball of the cat"
 
 
-def random_model(melody, channels):
+def random_model(melody, channels, words=24):
     transformers = pytest.importorskip("transformers")
     import encoders
-    words, tokenizer = encoders.t5(24)
+    words, tokenizer = encoders.t5(words)
     codebooks = 4 * channels
     kind = "MusicgenMelody" if melody else "Musicgen"
     decoder = getattr(transformers, f"{kind}DecoderConfig")(**DECODER, num_codebooks=codebooks,
@@ -212,7 +213,7 @@ def random_model(melody, channels):
 def pair(request, tmp_path_factory):
     """(its name, transformers' model, its tokenizer, our system, the conversion's report, a folder)."""
     here = tmp_path_factory.mktemp(request.param)
-    model, tokenizer = random_model(*KINDS[request.param])
+    model, tokenizer = random_model(*KINDS[request.param], words=32 if "alike" in request.param else 24)
     model.save_pretrained(here / "theirs")
     tokenizer.save_pretrained(here / "theirs")
     report = convert(here / "theirs", here / "ours")

@@ -118,6 +118,8 @@ def _original_unsaid(shapes: Shapes, foreign: dict | None) -> tuple[str, ...]:
 
 def _original_table(config: dict) -> list[Row]:
     net = TokenLMConfig.parse(config["net"])
+    if net.text != "none" and not net.project_text:
+        raise ModelError("audiocraft projects every text, this model puts it in as it is", hint="--to transformers")
     mine, theirs = "decoder.layers.*.", "transformer.layers.*."
     return [
         *(_style_rows(net) if net.style else ()),
@@ -178,13 +180,12 @@ def _new_config(shapes: Shapes, foreign: dict | None) -> dict:
             raise ModelError(f"config.json: decoder.{name} is {said[name]!r}, this network has {usual!r}")
     books, (rows, dim) = _count(shapes, r"decoder\.lm_heads\.\d+\.weight"), shapes[f"{at}embed_tokens.0.weight"]
     cross = f"{at}layers.0.encoder_attn.q_proj.weight" in shapes
-    if "enc_to_dec_proj.weight" not in shapes:
-        raise ModelError("its text is put in without enc_to_dec_proj, which has no place here")
+    projected = "enc_to_dec_proj.weight" in shapes          # text of the network's own width has none
     net = {"codebooks": books, "bins": rows - 1, "dim": dim, "heads": said.get("num_attention_heads", 16),
            "depth": _count(shapes, re.escape(at) + r"layers\.\d+\.fc1\.weight"),
            "mlp_ratio": shapes[f"{at}layers.0.fc1.weight"][0] / dim, "padding": "hidden",
            "delays": _delays(books, said.get("audio_channels", 1)), "text": "cross" if cross else "prepend",
-           "context_dim": shapes["enc_to_dec_proj.weight"][1],
+           "context_dim": shapes["enc_to_dec_proj.weight"][1] if projected else dim, "project_text": projected,
            "chroma": shapes.get("audio_enc_to_dec_proj.weight", (0, 0))[1]}
     return _system(net)
 
@@ -200,7 +201,7 @@ def new_table(config: dict) -> list[Row]:
     rows = [
         Row("emb.weight", tuple(f"{at}embed_tokens.{k}.weight" for k in range(net.codebooks))),
         Row("heads.weight", tuple(f"decoder.lm_heads.{k}.weight" for k in range(net.codebooks))),
-        *_affine("decoder.norm", f"{at}layer_norm"), *_affine("text", "enc_to_dec_proj"),
+        *_affine("decoder.norm", f"{at}layer_norm"), *(_affine("text", "enc_to_dec_proj") if net.project_text else ()),
         *_affine("melody", "audio_enc_to_dec_proj"),
         *(row for name, there in names.items() for row in _affine(f"{mine}{name}", f"{theirs}{there}")),
         *(Row(f"{mine}{name}.weight", f"{theirs}{name}.weight") for name in ("fc1", "fc2")),
@@ -218,6 +219,9 @@ def new_config(config: dict) -> dict:
     if (net.text, bool(net.chroma)) not in (("cross", False), ("prepend", True)):
         raise ModelError("transformers has text in a second attention, or a melody and text in front of the music",
                          hint="only a model of either kind can be written")
+    if net.project_text and net.context_dim == net.dim:
+        raise ModelError(f"transformers puts a text of the network's own width ({net.dim}) in as it is, this model "
+                         "projects it", hint="--to original")
     if list(net.pattern) != _delays(net.codebooks, channels):
         raise ModelError(f"transformers delays the codebooks by {_delays(net.codebooks, channels)}, this model by "
                          f"{list(net.pattern)}")
