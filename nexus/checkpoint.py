@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nexus import catalog
 from nexus.atomic import staged_dir, staged_file, write_bytes
@@ -20,6 +21,9 @@ from nexus.stored import TENSOR_LIMIT as TENSOR_LIMIT
 from nexus.stored import check_header, find, read_description, read_text, weight_files
 from nexus.stored import zoo_names as zoo_names
 
+# Of torch.Tensor and torch.nn.init.
+RANDOM = frozenset({"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_",
+                    "xavier_uniform_", "orthogonal_"})
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -219,6 +223,19 @@ def _without(parts: Iterable[str], tensors: dict[str, Any]) -> dict[str, Any]:
     return {n: t for n, t in tensors.items() if not n.startswith(skip)} if skip else tensors
 
 
+class Unfilled(TorchFunctionMode):
+    """Weights built inside hold no random numbers: what is read right afterwards overwrites them all.
+
+    On the meta device, where such numbers are nothing, they would import torch's compiler, which takes a second.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in RANDOM and (args or "tensor" in kwargs):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def load(name: str, *, device: str = "auto", dtype: str = "auto", system: str | None = None,
          student: bool = False) -> nn.Module:
     """A ready system from a path or zoo name, in eval mode; its network is `.net`.
@@ -227,7 +244,8 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", system: str | 
     system: refuse a checkpoint of another system. student: unless it can be taken as one, a Stable Diffusion as `lcm`.
     """
     path, described = recognised(name, system=system, student=student)
-    built = _buildable(name, lambda: build(described["system"], described["config"], training=False))
+    with Unfilled():
+        built = _buildable(name, lambda: build(described["system"], described["config"], training=False))
     if described.get("lora"):
         from nexus.convert.lora_run import rebuild
         rebuild(built, described, path)
@@ -274,7 +292,7 @@ def _buildable(name: str, make: Callable[[], nn.Module]) -> nn.Module:
 def skeleton(path: Path, described: dict | None = None) -> nn.Module:
     """The system that a model folder or file describes, on the meta device; ModelError when it describes none."""
     described = described or read_description(path)
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         built = _buildable(str(path), lambda: catalog.config_class(described["system"])
                            .parse(described["config"]).build())
         from nexus.convert.lora_run import dressed

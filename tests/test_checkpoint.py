@@ -4,6 +4,7 @@ import json
 import os
 import random
 import struct
+import subprocess
 import sys
 from collections import Counter
 
@@ -425,3 +426,19 @@ def test_a_pickle_is_never_opened(tmp_path, suffix):
         with pytest.raises(ModelError):
             checkpoint.load(str(file if file == path else file.parent), device="cpu")
     assert not canary.exists()
+
+
+def test_no_random_numbers_are_drawn_for_weights_that_are_read():
+    with checkpoint.Unfilled():
+        before = torch.get_rng_state()
+        layer = torch.nn.Conv2d(2, 2, 3)
+        torch.nn.init.trunc_normal_(layer.weight), layer.bias.data.normal_()
+        assert torch.equal(torch.get_rng_state(), before) and layer.weight.shape == (2, 2, 3, 3)
+        torch.nn.init.ones_(layer.weight)
+        assert torch.randn(2).shape == (2,) and (layer.weight == 1).all()
+
+
+def test_an_outline_is_drawn_without_the_compiler():
+    code = "import sys; from nexus import api; api.outline('dit'); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["False"]

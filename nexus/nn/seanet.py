@@ -78,7 +78,9 @@ class Conv(nn.Module):
         fan = in_channels * kernel / (stride if up else 1)
         nn.init.normal_(self.conv.weight, std=(spread / fan) ** 0.5)
         nn.init.zeros_(self.conv.bias)
-        length = self.conv.weight.detach().norm(dim=(1, 2), keepdim=True)
+        weight = self.conv.weight.detach()
+        # A norm on the meta device would import torch's compiler, which takes a second.
+        length = weight[:, :1, :1].clone() if weight.is_meta else weight.norm(dim=(1, 2), keepdim=True)
         self.gain = nn.Parameter(length) if kind.norm == "weight" else None
         self.norm = nn.GroupNorm(1, out_channels) if kind.norm == "group" else None
         self.surplus = (kernel - 1) * dilation + 1 - stride
