@@ -38,8 +38,7 @@ def loudness(text: str) -> float | None:
 def music(
     prompt: options.Prompt = None,
     prompt_file: options.PromptFile = None,
-    negative_prompt: Annotated[str | None, option("--negative-prompt", "-n", metavar="TEXT", panel=WHAT,
-                                                  show_default=False, help="What to steer away from.")] = None,
+    negative_prompt: options.NegativePrompt = None,
     bpm: Annotated[int | None, option("--bpm", parser=parse.whole(20, 400), metavar="N", panel=WHAT,
                                       show_default=False, help="Add a tempo to the prompt.")] = None,
     in_key: Annotated[str | None, option("--key", parser=key, metavar="KEY", panel=WHAT, show_default=False,

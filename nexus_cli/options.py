@@ -61,6 +61,8 @@ Prompt = Annotated[str | None, option("--prompt", "-p", metavar="TEXT", panel=WH
                                       help="What to make; - reads standard input.")]
 PromptFile = Annotated[str | None, option("--prompt-file", metavar="FILE", panel=WHAT, show_default=False,
                                           help="Read the prompt from a file.")]
+NegativePrompt = Annotated[str | None, option("--negative-prompt", "-n", metavar="TEXT", panel=WHAT,
+                                              show_default=False, help="What to steer away from.")]
 Num = Annotated[int, option("--num", "-N", parser=parse.whole(1, 1_000_000), metavar="N", panel=WHAT,
                             help="How many per prompt; item k has the seed + k.")]
 Seed = Annotated[int | None, option("--seed", "-s", parser=parse.seed, metavar="N|random", panel=WHAT,
