@@ -308,6 +308,16 @@ def read_weights(path: Path, system: nn.Module) -> dict[str, Tensor]:
     return _gathered(path, system, read_tensors)
 
 
+def read_training_parts(path: Path, system: nn.Module) -> dict[str, Tensor]:
+    """Of a run's checkpoint the tensors that sampling never needs, such as a critic's; of any other model none."""
+    parts = tuple(f"{part}." for part in _training_only(system))
+    file = path / "model.safetensors"
+    if not parts or not file.is_file():
+        return {}
+    names = shapes_of(file).keys()
+    return read_tensors(file, but=[name for name in names if not name.startswith(parts)])
+
+
 def find_weights(path: Path, system: nn.Module) -> dict[str, Path]:
     """The same, each tensor's file in its place."""
     return _gathered(path, system, lambda at, but, parts: {n: at for n in shapes_of(at) if not n.startswith(parts)})

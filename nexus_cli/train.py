@@ -28,7 +28,7 @@ def train(
                                           help="Settings from a .toml or .json file.")] = None,
     overrides: options.Set = None,
     init: Annotated[str | None, option("--init", metavar="MODEL", show_default=False,
-                                       help="Start from a model's weights.")] = None,
+                                       help="Start from a model's weights, of a run with its critic.")] = None,
     lora: Annotated[str | None, option("--lora", metavar="rank=8,...", show_default=False,
                                        help="Train low-rank updates of --init alone: rank, alpha, targets.")] = None,
     seed: Annotated[int | None, option("--seed", "-s", parser=parse.whole(0, parse.SEED_MAX), metavar="N",

@@ -266,9 +266,10 @@ def _shared(step: int) -> int:
 
 
 def _warm_start(system: torch.nn.Module, name: str) -> str:
-    """Take over every tensor of equal name and shape."""
+    """Take over every tensor of equal name and shape, of a run those of its critic too."""
     source = checkpoint.load(name, device="cpu")
-    have, own = checkpoint.own_state(source), checkpoint.own_state(system)
+    kept = checkpoint.read_training_parts(checkpoint.find(name), system)
+    have, own = checkpoint.own_state(source) | kept, checkpoint.own_state(system)
     taken = _common(have, system, name)
     with torch.no_grad():
         for n in taken:

@@ -10,6 +10,7 @@ import toys
 
 from nexus import checkpoint
 from nexus.errors import DivergedError
+from nexus.models.gan.base_gan import GANConfig
 from nexus.train.start import train
 from tests.drawn import drawn
 
@@ -92,3 +93,15 @@ def test_a_running_statistic_that_overflows_is_a_divergence(data, tmp_path):
     with pytest.raises(DivergedError, match="running_var is not finite"):
         train("gan", data=data("gan"), run=tmp_path / "run", preset="tiny", device="cpu",
               flags=FLAGS | {"lr": 1e8, "save_every": 40, "steps": 40})
+
+
+def test_a_run_that_starts_from_a_run_has_its_critic_too(data, tmp_path):
+    said = []
+    go("gan", data, tmp_path / "one")
+    train("gan", data=data("gan"), run=tmp_path / "two", preset="tiny-modern", device="cpu", init=str(tmp_path / "one"),
+          flags=FLAGS | {"steps": 1, "lr": 1e-12, "save_every": 1}, report=said.append)
+    old, new = (checkpoint.read_tensors(tmp_path / run / "model.safetensors")
+                for run in ("one/step-0000006", "two/step-0000001"))
+    assert all((old[name] - new[name]).abs().max() < 1e-4 for name in old if name.startswith("critic."))
+    count = len(checkpoint.own_state(GANConfig.preset("tiny-modern").build()))
+    assert any(f"took {count} of {count} tensors" in line for line in said)
