@@ -107,6 +107,8 @@ def protocol(judge: Judge, made: Made) -> dict:
     facts = {"made": len(made.pictures), "real": len(judge.held.rows), "training": len(judge.train.rows),
              **looked_at_with(judge.extractor), "kid": KID,
              "interval": f"95 %: jackknife (kid), bootstrap over pictures with {DRAWS} draws (the others)"}
+    if judge.held.set.facts.digest == judge.train.set.facts.digest:
+        facts["trained_on"] = "all that it is compared with: so small a set is not split"
     if judge.probe is None or made.rows is None:
         return facts
     return facts | {"captions": "ridge from the features to MiniLM text, fitted on the training pictures; "
