@@ -80,6 +80,9 @@ class Given(torch.nn.Module):
         super().__init__()
         self.cond, self.no = cond, null
 
+    def check(self, prompt):
+        pass
+
     def prompts(self, prompts, device):
         return {n: v.repeat(len(prompts), *[1] * (v.ndim - 1)) for n, v in self.cond.items()}, ()
 
