@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nexus import __version__, catalog, checkpoint, turns
-from nexus.errors import DeviceError, InputError, UsageError, is_full
+from nexus.errors import DeviceError, InputError, ModelError, UsageError, is_full
 from nexus.media import Media, to_uint8
 from nexus.requests import OWN, SampleRequest, check_companions, refuse
 from nexus.stored import default_model
@@ -57,6 +57,10 @@ def check(system: torch.nn.Module, request: SampleRequest) -> None:
     if request.guide_model is not None and not hasattr(system, "check_guide"):
         raise UsageError("--guide-model: this system takes no model to guide it", hint="diffusion systems do")
     system.check(request)
+    config = getattr(system, "config", None)
+    if getattr(config, "codec", True) is None and getattr(config, "latent_shape", (3,))[0] not in (1, 3):
+        raise ModelError(f"this model makes latents of {config.latent_shape[0]} channels and has no codec to show them",
+                         hint="convert it with its codec, such as --set codec.weights=MODEL, or use it from Python")
     if next(system.parameters()).is_meta:               # a loaded system meets its companions as it is dressed
         _check_companion_files(system, request)
 
@@ -65,7 +69,7 @@ def _check_companion_files(system: torch.nn.Module, request: SampleRequest) -> N
     """The error that other models and files that a request names would end its run with, their own weights aside."""
     if request.control:
         from nexus.process.control import check_control
-        check_control(system, outline(request.control))
+        check_control(system, getattr(outline(request.control), "net", None))
     if request.guide_model is not None:
         system.check_guide(request, outline(request.guide_model))
     if request.lora:
@@ -220,9 +224,9 @@ def _steered(system: torch.nn.Module, request: SampleRequest) -> contextlib.Abst
     """The system with a ControlNet; UsageError when either cannot."""
     from nexus.process.control import check_control, controlled
     parameter = next(system.net.parameters())
-    control = load(request.control, device=str(parameter.device))
-    check_control(system, control)
-    return controlled(system, system.net, control.net.to(parameter.dtype), request)
+    net = checkpoint.load_net(request.control, device=str(parameter.device))
+    check_control(system, net)
+    return controlled(system, system.net, net.to(parameter.dtype), request)
 
 
 def _guide(system: torch.nn.Module, request: SampleRequest) -> dict:

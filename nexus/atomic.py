@@ -251,6 +251,8 @@ def check_target(path: str | os.PathLike, *, exists: str = "error", folder: bool
         there = os.path.lexists(path)
         if there and exists == "error":
             raise OutputError(f"'{path}' exists already", hint=f"choose another name, or give -f to replace the {kind}")
+        if there and folder and path.is_symlink():
+            raise OutputError(f"cannot replace '{path}': it is a link", hint="name what it leads to, or remove it")
         if there and not (path.is_dir() if folder else path.is_file() or path.is_symlink()):
             raise OutputError(f"cannot replace '{path}': it is not a {kind}", hint="choose another name")
         above = path.parent

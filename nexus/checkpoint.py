@@ -62,13 +62,16 @@ def tensor_bytes(tensors: dict[str, Tensor], description: dict | None = None) ->
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor has neither a NaN nor an infinity."""
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+    if not tensor.is_floating_point():
+        return True
+    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())      # float8 cannot be asked
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """ModelError for a tensor with a NaN or an infinity, which no model is saved with."""
     if not is_finite(tensor):
-        raise ModelError(f"{name} has a value that is not finite; it was not saved")
+        raise ModelError(f"{name} has a value that is not finite; it was not saved",
+                         hint="a file that holds it is damaged: fetch it again")
 
 
 def write_folder(path: Path, files: Mapping[str, bytes | Callable[[Any], Any]], facts: dict, *,
@@ -254,6 +257,21 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", system: str | 
         place(built, path)
     target = pick_device(device)
     return built.to(target, DTYPES[dtype]).eval()
+
+
+def load_net(name: str, *, device: str = "auto") -> nn.Module:
+    """A model's network alone, in eval mode: all that is needed of a ControlNet, whose base need not be there."""
+    path, described = recognised(name)
+    with Unfilled():
+        net = _buildable(name, lambda: catalog.config_class(described["system"]).parse(described["config"]).net.build())
+    found = {key.removeprefix("net."): tensor for key, tensor in read_weights(path, skeleton(path)).items()
+             if key.startswith("net.")}
+    wanted = net.state_dict()
+    check_fit({key: tuple(tensor.shape) for key, tensor in found.items()}, wanted, str(path))
+    with torch.no_grad():
+        for key, tensor in found.items():
+            wanted[key].copy_(tensor)
+    return net.to(pick_device(device)).eval()
 
 
 def recognised(name: str, *, system: str | None = None, student: bool = False) -> tuple[Path, dict]:

@@ -38,6 +38,7 @@ def convert(
 ) -> None:
     """Convert a model; every key is used exactly once, and the report says how."""
     out = Output(json_lines=json_lines, quiet=quiet, verbose=verbose, color=color)
+    exists = "overwrite" if force else "error"
     if not os.path.exists(source):
         from nexus.catalog import listing
         embedded = sorted({row["default"] for row in listing() if row["default"]})
@@ -47,9 +48,10 @@ def convert(
         raise UsageError("there is no DST to write to", hint="name one, or give --check")
     if target is not None and not check:
         folder = target.suffix not in (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-        check_target(target, exists="overwrite" if force else "error", folder=folder)
-    settings = {"to": to, "read_as": read_as, "check": check, "overrides": overrides or [],
-                "exists": "overwrite" if force else "error"}
+        check_target(target, exists=exists, folder=folder)
+        from nexus.convert.convert import check_places
+        check_places(source, target, exists)
+    settings = {"to": to, "read_as": read_as, "check": check, "overrides": overrides or [], "exists": exists}
     if ema is not None:
         if to or read_as or lora or check or overrides:
             raise UsageError("--ema writes a model in Nexus's own layout and goes with --force alone",

@@ -442,3 +442,8 @@ def test_an_outline_is_drawn_without_the_compiler():
     code = "import sys; from nexus import api; api.outline('dit'); print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split() == ["False"]
+
+
+def test_a_byte_sized_float_is_asked_whether_it_is_finite():
+    assert checkpoint.is_finite(torch.ones(3).to(torch.float8_e4m3fn)) and checkpoint.is_finite(torch.ones(3).int())
+    assert not checkpoint.is_finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn))

@@ -13,8 +13,9 @@ from nexus.convert import stream
 from nexus.convert.detect import Found, detect, opened
 from nexus.convert.export import Model, Target, entry, export, layout_names, wanted_layout, write
 from nexus.convert.pieces import Piece, built
-from nexus.errors import InputError, ModelError, UsageError
+from nexus.errors import InputError, ModelError, OutputError, UsageError
 
+OF_MODELS = ("config.json", "model_index.json", "manifest.json", "adapter_config.json")     # a model's folder has one
 
 class Report(NamedTuple):
     """What a conversion found and did. written is None for a check; problems are one line each, empty when all fits.
@@ -57,6 +58,8 @@ def convert(src: Path, dst: Path, *, to: str | None = None, read_as: str | None 
     """
     from nexus.convert import efficientnet, lpips, pipeline  # they stand on what this file has
     target = Target(dst, exists, shard)
+    if not check:
+        check_places(src, dst, exists)
     for one in (lpips, efficientnet):                   # networks that others look through, each one file
         if to == one.NAME:
             return one.convert(src, target, check=check, overrides=overrides)
@@ -83,6 +86,18 @@ def convert(src: Path, dst: Path, *, to: str | None = None, read_as: str | None 
             return report if layout is None else report._replace(notes=(*report.notes, *export(model, layout).notes))
         notes = write(model, layout, target)
     return report._replace(written=dst, notes=(*report.notes, *notes))
+
+
+def check_places(src: Path, dst: Path, exists: str) -> None:
+    """UsageError for a DST that is or holds SRC, OutputError for a folder that is no model's: all would be lost."""
+    if dst.resolve() in (Path.cwd(), Path(dst.anchor or "/")):
+        raise UsageError(f"'{dst}' cannot be replaced as a whole", hint="name a folder of its own for DST")
+    if src.exists() and (src.resolve() == dst.resolve() or dst.resolve() in src.resolve().parents):
+        raise UsageError(f"'{dst}' is or holds what is converted, '{src}'", hint="name another DST")
+    ours = not dst.is_dir() or not any(dst.iterdir()) or any((dst / name).exists() for name in OF_MODELS)
+    if exists == "overwrite" and not ours:
+        raise OutputError(f"'{dst}' is a folder that holds no model: all in it would be lost",
+                          hint="name another DST, or empty it yourself")
 
 
 def _check_native(src: Path, native: Path, to: str | None, read_as: str | None, overrides: Sequence[str]) -> None:

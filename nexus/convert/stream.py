@@ -55,9 +55,9 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def visit(tensors: Tensors) -> None:
-    """Make each one and let it go: what cannot be read or does not fit is said now."""
-    for lazy in tensors.values():
-        lazy.make()
+    """Make each one and let it go: what cannot be read, does not fit or is not finite is said now."""
+    for name, lazy in tensors.items():
+        checkpoint.check_finite(name, lazy.make())
 
 
 def made(tensors: Tensors) -> dict[str, Tensor]:

@@ -62,9 +62,9 @@ def controlled(system: Diffusion, net: nn.Module, control: nn.Module, request: S
         system.net = before
 
 
-def check_control(system: nn.Module, control: nn.Module) -> None:
-    """UsageError for a model that cannot be controlled, or a control that is none or is for another model."""
-    net, inner = getattr(system, "net", None), getattr(control, "net", None)
+def check_control(system: nn.Module, inner: nn.Module | None) -> None:
+    """UsageError for a model that cannot be controlled, or a network `inner` that is no ControlNet of such a model."""
+    net = getattr(system, "net", None)
     if not hasattr(inner, "look"):
         raise UsageError("--control names a model that is no ControlNet", hint="nexus train controlnet makes one")
     ours, theirs = getattr(net, "config", None), inner.config

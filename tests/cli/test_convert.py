@@ -83,3 +83,17 @@ def test_an_average_of_another_length_is_written_from_a_runs_profiles(tmp_path, 
         refused = warm("convert", run, target, *arguments)
         assert refused.returncode == code and refused.stderr.decode().startswith("error: "), arguments
     assert not new.exists()
+
+
+def test_what_is_converted_and_what_is_no_model_is_never_replaced(saved, tmp_path, warm):
+    model = saved("ddpm")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/thesis.tex").write_text("all of it")
+    (tmp_path / "link").symlink_to(model)
+    (tmp_path / "here").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for target, code, said in ((model, 2, "is or holds"), (tmp_path, 2, "is or holds"), ("", 2, "name a folder"),
+                               (tmp_path / "notes", 6, "holds no model"), (tmp_path / "link", 6, "is a link")):
+        done = warm("convert", model, target, "--to", "diffusers", "-f", cwd=tmp_path / "here")
+        assert done.returncode == code and said in " ".join(done.stderr.decode().split()), (target, done.stderr)
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "notes/thesis.tex").read_text() == "all of it"

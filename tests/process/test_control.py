@@ -67,6 +67,18 @@ def test_a_control_picture_steers_and_the_model_is_as_before(made):
     assert np.abs(pictures(own) - plain).max() <= 1
 
 
+def test_a_controlnet_without_its_base_steers_any_that_fits(made, tmp_path):
+    """As files of the public layout are converted: they hold no base."""
+    system, hint = checkpoint.load(str(made / "sd"), device="cpu"), str(made / "data/red ball/0.png")
+    whole = checkpoint.find(str(made / "control"))
+    tensors = {name: tensor for name, tensor in checkpoint.read_tensors(whole / "model.safetensors").items()
+               if name.startswith("net.")}
+    checkpoint.save_model(tmp_path / "alone", "controlnet", checkpoint.read_description(whole)["config"] | {"base": ""},
+                          tensors)
+    both = [pictures(system, control=str(at), control_image=hint) for at in (made / "control", tmp_path / "alone")]
+    assert (both[0] == both[1]).all()
+
+
 def test_what_does_not_fit_is_refused(made):
     hint = str(made / "data/red ball/0.png")
     for name, control, image, said in (("sd", "sd", hint, "no ControlNet"), ("sd", "control", None, "shown a picture"),
