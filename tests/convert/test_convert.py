@@ -196,9 +196,12 @@ def test_nothing_is_replaced_unasked(plain, tmp_path):
     (tmp_path / "native" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="exists already"):
         convert(plain, tmp_path / "native", overrides=HEADS)
+    with pytest.raises(OutputError, match="holds no model"):
+        convert(plain, tmp_path / "native", overrides=HEADS, exists="overwrite")
     assert (tmp_path / "native" / "mine.txt").read_text() == "mine"
-    convert(plain, tmp_path / "native", overrides=HEADS, exists="overwrite")
-    assert checkpoint.verify(tmp_path / "native") == []
+    convert(plain, tmp_path / "other", overrides=HEADS)
+    convert(plain, tmp_path / "other", overrides=HEADS, exists="overwrite")
+    assert checkpoint.verify(tmp_path / "other") == []
 
 
 def test_averaged_weights_of_a_training_run_are_what_goes_out(plain, tmp_path):
