@@ -82,7 +82,7 @@ def like_base(config: Config) -> Config:
         return config
     theirs, ours = checkpoint.read_description(checkpoint.find(config.base))["config"], config.to_json()
     shared = {k: theirs[k] for k in SHARED if k in theirs and k in ours}
-    return type(config).parse(ours | shared | {"net": ours["net"] | theirs["net"]})
+    return type(config).parse(ours | shared | {"net": ours["net"] | theirs["net"] | config.fitting(theirs)})
 
 
 def dressed(built: nn.Module, described: dict) -> nn.Module:

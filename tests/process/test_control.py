@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from nexus import api, checkpoint
+from nexus.codecs.kl_image import KLConfig
 from nexus.errors import ModelError, UsageError
 from nexus.images import read_image
+from nexus.models.diffusion.controlnet import ControlConfig
 from nexus.process.control import hint_of
 from nexus.requests import SampleRequest
 from nexus.train.start import train
@@ -77,6 +79,14 @@ def test_a_controlnet_without_its_base_steers_any_that_fits(made, tmp_path):
                           tensors)
     both = [pictures(system, control=str(at), control_image=hint) for at in (made / "control", tmp_path / "alone")]
     assert (both[0] == both[1]).all()
+
+
+def test_the_hint_ends_where_the_latents_of_a_base_begin(made):
+    config = ControlConfig.preset("emoji")
+    base = {"codec": {"net": KLConfig.presets["sd-f8"]}}
+    assert config.fitting(base)["hint_widths"] == (16, 32, 96, 256)         # of a base that halves three times
+    assert config.fitting({"codec": config.codec.to_json()})["hint_widths"] == config.net.hint_widths == (8, 16, 32)
+    assert config.fitting({"codec": None})["hint_widths"] == (16,)
 
 
 def test_what_does_not_fit_is_refused(made):

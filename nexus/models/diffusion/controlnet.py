@@ -26,12 +26,14 @@ from nexus.requests import SampleRequest
 from nexus.text.conditioner import NoCondConfig, TextCondConfig
 from nexus.text.pretrained import PretrainedCondConfig
 
+PUBLISHED_WIDTHS = (16, 32, 96, 256)        # of the hint's convolutions, before latents of an eighth of its side
+
 
 class ControlNetConfig(UNetConfig):
     """The UNet that it is for, and hint_widths: channels of the hint's convolutions, each after the first halves it."""
 
     hint_channels: int = Field(3, gt=0)
-    hint_widths: tuple[int, ...] = Field((16, 32, 96, 256), min_length=1)
+    hint_widths: tuple[int, ...] = Field(PUBLISHED_WIDTHS, min_length=1)
 
     def unet(self) -> UNetConfig:
         """The configuration of the UNet that is controlled."""
@@ -118,6 +120,13 @@ class ControlConfig(DiffusionConfig):
             raise ValueError(f"net.hint_widths {list(self.net.hint_widths)} make a hint "
                              f"{2 ** (len(self.net.hint_widths) - 1)} times smaller, the codec makes latents {factor}")
         return self
+
+    def fitting(self, base: dict) -> dict:
+        """Fields of the network that follow from a base's configuration: the hint ends in the size of its latents."""
+        factor = CodecConfig.parse(base["codec"]).net.factor if base.get("codec") else 1
+        widths, count = self.net.hint_widths, factor.bit_length()
+        usual = (*PUBLISHED_WIDTHS[:count], *PUBLISHED_WIDTHS[-1:] * (count - len(PUBLISHED_WIDTHS)))
+        return {"hint_widths": widths if len(widths) == count else usual}
 
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {"net": ControlNetConfig.presets["tiny"], "codec": {"net": KLConfig.presets["tiny"]}, "steps": 4,
