@@ -99,7 +99,7 @@ def card(name: str, described: dict, facts: dict, numbers: int) -> str:
     first = BEFORE.get(name, "")
     named = facts["init"] and ("/" not in facts["init"] or first)
     start = f" It started from the weights of `{facts['init']}`." if named else (
-        " It went on from shorter runs of this network, which are not kept, so the command below gives the like of it."
+        " It went on from runs that are not kept, so the command below gives the like of it."
         if facts["init"] else "")
     init = f" --init {facts['init']}" if named else ""
     data = described["data"] if described["data"] in DATA else Path(described["data"]).name

@@ -102,8 +102,7 @@ def evaluate(what: str, *, model: str | None = None, data: str | None = None, sp
 
 def _itself(system: nn.Module, request: SampleRequest, held: ImageSet, batch_size: int) -> Generate:
     """`from_system`; what it would refuse is told now, and not after minutes of looking at real pictures."""
-    asked = getattr(system, "conditioner", None) is not None
-    system.check(request.model_copy(update={"prompt": prompts_of(held, [0])[0] if asked else None}))
+    system.check(request.model_copy(update={"prompt": _asked(system, held, [0])[0]}))
     return from_system(system, request, batch_size)
 
 
@@ -261,15 +260,24 @@ def _generated(system: nn.Module, held: ImageSet, data: str, facts: dict, settin
     rows = order(len(held), count, settings.seed)
     seeds = [derive(settings.seed, "evaluate", i) for i in range(count)]
     pictures = []
-    for picture in generate(prompts_of(held, rows) if asked else [None] * count, seeds):
+    for picture in generate(_asked(system, held, rows), seeds):
         pictures.append(picture)
         settings.watch(len(pictures), count)
     return _judged(judge, Made(pictures, rows if asked else None), facts, settings)
 
 
-def prompts_of(held: ImageSet, rows: list[int]) -> list[str]:
-    """"red apple, noto style", in the words that the models were trained with."""
-    return [caption(held.captions[i], held.facts.styles[int(held.style_ids[i])]) for i in rows]
+def prompts_of(held: ImageSet, rows: list[int], classes: bool = False) -> list[str]:
+    """"red apple, noto style", in the words that the models were trained with; classes: by its class's name."""
+    said = [held.facts.classes[int(held.labels[i])] if classes else held.captions[i] for i in rows]
+    return [caption(text, held.facts.styles[int(held.style_ids[i])]) for text, i in zip(said, rows, strict=True)]
+
+
+def _asked(system: nn.Module, held: ImageSet, rows: list[int]) -> list[str | None]:
+    """What the system is asked for each of these pictures: what it reads, or the classes it knows; None for neither."""
+    conditioner = getattr(system, "conditioner", None)
+    if conditioner is None:
+        return [None] * len(rows)
+    return prompts_of(held, rows, classes=bool(getattr(conditioner.config, "classes", ())))
 
 
 def from_system(system: nn.Module, request: SampleRequest, batch_size: int) -> Generate:

@@ -107,6 +107,8 @@ def test_the_judge_finds_real_pictures_real(held, data, tiny, tmp_path):
 
 def test_prompts_name_the_pictures_they_were_made_for(held):
     assert prompts_of(held, [0])[0] in {"sun, plain style", "sun, bold style"}
+    named = held.facts.classes[int(held.labels[0])]
+    assert prompts_of(held, [0], classes=True)[0].startswith(f"{named}, ")
     rows = meant(prompts_of(held, list(range(len(held)))), held)
     assert held.labels[rows].tolist() == held.labels.tolist()
     assert held.style_ids[rows].tolist() == held.style_ids.tolist()
