@@ -11,19 +11,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from nexus import catalog
 from nexus.atomic import staged_dir, staged_file, write_bytes
 from nexus.errors import DeviceError, InputError, ModelError, UsageError
 from nexus.nn.lora import MARK
+from nexus.nn.outline import Unfilled, outlining
 from nexus.stored import TENSOR_LIMIT as TENSOR_LIMIT
 from nexus.stored import check_header, find, read_description, read_text, weight_files
 from nexus.stored import zoo_names as zoo_names
 
-# Of torch.Tensor and torch.nn.init.
-RANDOM = frozenset({"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_",
-                    "xavier_uniform_", "orthogonal_"})
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -226,19 +223,6 @@ def _without(parts: Iterable[str], tensors: dict[str, Any]) -> dict[str, Any]:
     return {n: t for n, t in tensors.items() if not n.startswith(skip)} if skip else tensors
 
 
-class Unfilled(TorchFunctionMode):
-    """Weights built inside hold no random numbers: what is read right afterwards overwrites them all.
-
-    On the meta device, where such numbers are nothing, they would import torch's compiler, which takes a second.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in RANDOM and (args or "tensor" in kwargs):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
 def load(name: str, *, device: str = "auto", dtype: str = "auto", system: str | None = None,
          student: bool = False) -> nn.Module:
     """A ready system from a path or zoo name, in eval mode; its network is `.net`.
@@ -266,11 +250,7 @@ def load_net(name: str, *, device: str = "auto") -> nn.Module:
         net = _buildable(name, lambda: catalog.config_class(described["system"]).parse(described["config"]).net.build())
     found = {key.removeprefix("net."): tensor for key, tensor in read_weights(path, skeleton(path)).items()
              if key.startswith("net.")}
-    wanted = net.state_dict()
-    check_fit({key: tuple(tensor.shape) for key, tensor in found.items()}, wanted, str(path))
-    with torch.no_grad():
-        for key, tensor in found.items():
-            wanted[key].copy_(tensor)
+    _copy(found, net.state_dict(), str(path))
     return net.to(pick_device(device)).eval()
 
 
@@ -310,7 +290,7 @@ def _buildable(name: str, make: Callable[[], nn.Module]) -> nn.Module:
 def skeleton(path: Path, described: dict | None = None) -> nn.Module:
     """The system that a model folder or file describes, on the meta device; ModelError when it describes none."""
     described = described or read_description(path)
-    with torch.device("meta"), Unfilled():
+    with outlining():
         built = _buildable(str(path), lambda: catalog.config_class(described["system"])
                            .parse(described["config"]).build())
         from nexus.convert.lora_run import dressed
@@ -355,7 +335,7 @@ def _gathered(path: Path, system: nn.Module, read: Callable[..., dict]) -> dict:
 def check_files(path: Path, system: nn.Module) -> None:
     """ModelError where a file that sampling would read is not as written, or is not of the system and of its parts."""
     find_weights(path, system)
-    if wrong := misfits(path):
+    if wrong := misfits(path, system):
         raise ModelError(wrong[0], hint="nexus models verify, or fetch it again")
     for part, reference in system.external.items():
         if part not in _training_only(system):
@@ -363,10 +343,13 @@ def check_files(path: Path, system: nn.Module) -> None:
             check_files(where, skeleton(where))
 
 
-def misfits(path: Path) -> list[str]:
-    """Where a model's tensors are not those of the system it describes, from the headers alone: one line a finding."""
+def misfits(path: Path, system: nn.Module | None = None) -> list[str]:
+    """Where a model's tensors are not those of the system it describes, from the headers alone: one line a finding.
+
+    system: of that description, on any device, where the caller has built it already.
+    """
     try:
-        system = skeleton(path)
+        system = skeleton(path) if system is None else system
         for name in ("model",) if path.is_file() else ("model", "ema"):
             shapes = {key: shape for file in weight_files(path, name) for key, shape in shapes_of(file).items()}
             where = str(path if path.is_file() else path / f"{name}.safetensors")
@@ -379,10 +362,13 @@ def misfits(path: Path) -> list[str]:
 
 def fill(system: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Copy tensors into a system; a missing, surplus or misshapen one is a ModelError naming it."""
-    wanted = own_state(system)
+    _copy(tensors, own_state(system), source)
+
+
+def _copy(tensors: dict[str, Tensor], wanted: dict[str, Tensor], source: str) -> None:
     check_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted, source)
-    for name, tensor in tensors.items():
-        with torch.no_grad():
+    with torch.no_grad():
+        for name, tensor in tensors.items():
             wanted[name].copy_(tensor)
 
 

@@ -180,9 +180,17 @@ def read_record(path: str | os.PathLike) -> dict | None:
     with _opened(path) as (image, _):
         try:
             text = _stored(image)
-            value = json.loads(text) if text and len(text) <= RECORD_LIMIT else None
-        except (*_BROKEN, RecursionError):
+        except _BROKEN:
             return None
+    return parsed_record(text)
+
+
+def parsed_record(text: str) -> dict | None:
+    """The record that a file's text is, or None for any other text."""
+    try:
+        value = json.loads(text) if text and len(text) <= RECORD_LIMIT else None
+    except (ValueError, RecursionError):
+        return None
     return value if isinstance(value, dict) else None
 
 

@@ -16,14 +16,13 @@ import soundfile
 
 from nexus.atomic import read_given, write_bytes
 from nexus.errors import InputError, UsageError
-from nexus.images import SCHEMA
+from nexus.images import RECORD_LIMIT, SCHEMA, parsed_record
 
 FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}
 BITS = {"WAV": (16, 24, 32), "FLAC": (16, 24), "OGG": (16,), "MP3": (16,)}      # 32 are floating point
 FILE_LIMIT = 512 * 2**20
 SECONDS_LIMIT = 3600
 VALUES_LIMIT = 2**28                    # samples of all channels, 1 GiB in memory
-RECORD_LIMIT = 4 * 2**20
 # libsndfile knows dozens of formats; the parsers of the rare ones are attack surface.
 _STARTS = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3", b"FORM", b"\xff\xfb", b"\xff\xfa", b"\xff\xf3", b"\xff\xf2")
 _KINDS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "AIFF")
@@ -269,11 +268,7 @@ def read_record(path: str | os.PathLike | bytes) -> dict | None:
     data = read_given(path, "sound", FILE_LIMIT)
     with _opened(data, _named(path)) as file:
         text = _wav_comment(data) if data.startswith(b"RIFF") else file.comment
-    try:
-        value = json.loads(text) if text and len(text) <= RECORD_LIMIT else None
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+    return parsed_record(text)
 
 
 def _wav_comment(data: bytes) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from nexus.atomic import read_given
 from nexus.errors import InputError, UsageError
-from nexus.images import RECORD_LIMIT, SCHEMA
+from nexus.images import SCHEMA, parsed_record
 
 RATE = 12           # frames a second
 FILE_LIMIT = 512 * 2**20
@@ -57,11 +57,7 @@ def read_record(path: str | os.PathLike | bytes) -> dict | None:
     """
     with _opened(path) as film:
         text = film.metadata.get("nexus") or film.metadata.get("comment") or ""
-    try:
-        value = json.loads(text) if len(text) <= RECORD_LIMIT else None
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+    return parsed_record(text)
 
 
 def facts(path: str | os.PathLike | bytes) -> Facts:

@@ -17,6 +17,7 @@ from nexus.errors import InputError, ModelError, OutputError, UsageError
 
 OF_MODELS = ("config.json", "model_index.json", "manifest.json", "adapter_config.json")     # a model's folder has one
 
+
 class Report(NamedTuple):
     """What a conversion found and did. written is None for a check; problems are one line each, empty when all fits.
 

@@ -19,6 +19,7 @@ from nexus.convert.layouts import every_layout
 from nexus.convert.pieces import foreign
 from nexus.convert.stream import Lazy, Payload, Tensors
 from nexus.errors import InputError, ModelError, UsageError
+from nexus.nn.outline import outlining
 
 SINGLE_FILES = (".safetensors", ".pt")
 FORMAT = {"format": "pt"}                               # transformers and diffusers refuse a file without it
@@ -52,7 +53,7 @@ def layouts_of(system: str, config: Config) -> list[Layout]:
     for layout in every_layout():
         (own if layout.system == system else others).append(layout)
     ranked = sorted(others, key=lambda layout: list(catalog.CATALOG).index(layout.system))
-    with torch.device("meta"):
+    with outlining():
         state = config.build().net.state_dict()
     return own + [layout for layout in ranked if layout.part == "net" and _fits(layout, config, state)]
 

@@ -11,6 +11,7 @@ from nexus.config import Config
 from nexus.convert.lora import adapt
 from nexus.errors import InputError, ModelError, UsageError
 from nexus.nn.lora import LoRAConfig, bake
+from nexus.nn.outline import outlining
 from nexus.stored import ZOO
 
 # What a student of another system takes over from its base (LCM-LoRA: Luo et al. 2023, arXiv:2311.05556).
@@ -98,7 +99,7 @@ def fill_base(built: nn.Module, base: dict, run: str) -> None:
     path = checkpoint.find(base["model"])
     if digest(path) != base["digest"]:
         raise InputError(f"{base['model']} is not what {run} was begun with", hint="restore it, or start another run")
-    with torch.device("meta"):
+    with outlining():
         described = checkpoint.read_description(path)
         source = catalog.config_class(described["system"]).parse(described["config"]).build()
     have, wanted = checkpoint.read_weights(path, source), checkpoint.released_state(built)

@@ -15,6 +15,7 @@ from nexus.convert.keymap import to_foreign
 from nexus.convert.layout import Layout
 from nexus.convert.stream import Lazy, Tensors
 from nexus.errors import ModelError
+from nexus.nn.outline import outlining
 
 
 class Piece(NamedTuple):
@@ -61,7 +62,7 @@ class Piece(NamedTuple):
 
 def built(config: Config, part: str = "") -> dict[str, Tensor]:
     """The native tensors of what a Config builds, or of a part of it, on the meta device."""
-    with torch.device("meta"):
+    with outlining():
         return config.build().get_submodule(part).state_dict()
 
 

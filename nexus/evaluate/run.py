@@ -200,7 +200,7 @@ def _likely(system: nn.Module, held: ImageSet, data: str, facts: dict, settings:
         return _windowed(system, held, data, facts, settings, generate)
     count = min(settings.count or MOST, len(held))
     rows = order(len(held), count, settings.seed)
-    asked = prompts_of(held, rows) if system.conditioner is not None else [None] * count
+    asked = _asked(system, held, rows)
     batches = ((held.batch(rows[i:i + batch_size]), asked[i:i + batch_size]) for i in range(0, count, batch_size))
     values, how = density.bits(system, batches, seed=settings.seed, steps=steps,
                                watch=lambda done: settings.watch(done, count))
@@ -216,8 +216,7 @@ def _windowed(system: nn.Module, held: ImageSet, data: str, facts: dict, setting
     train = open_images(data, split="train", size=size, channels=channels)
     valid = order(len(train), min(parzen.VALID, len(train)), settings.seed)
     rows = order(len(held), parzen.WINDOWS, settings.seed)
-    asked = getattr(system, "conditioner", None) is not None
-    prompts = sorted(prompts_of(held, rows)) if asked else [None] * parzen.WINDOWS      # equal ones share a batch
+    prompts = sorted(_asked(system, held, rows), key=str)                               # equal ones share a batch
     made: list[np.ndarray] = []
     for picture in generate(prompts, [derive(settings.seed, "parzen", i) for i in range(parzen.WINDOWS)]):
         made.append(picture)

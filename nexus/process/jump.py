@@ -179,4 +179,3 @@ def null_like(system: Consistency, cond: Cond | None, n: int, device: torch.devi
     if system.conditioner is None:
         return cond
     return dropped(cond, system.conditioner.null(n, device), torch.ones(n, dtype=torch.bool, device=device))
-

@@ -20,6 +20,7 @@ from nexus.data.latents import CodeSet, Keep, LatentSet
 from nexus.data.order import indices
 from nexus.errors import InputError, ModelError, UsageError
 from nexus.nn.lora import LoRAConfig
+from nexus.nn.outline import outlining
 from nexus.nn.precision import has_bfloat16
 from nexus.process.pairs import fingerprint
 from nexus.train import lora as loras
@@ -128,7 +129,7 @@ def planned(system: str, data: str, run: Path, *, preset: str | None = None, fil
 
 def _check_parts(config: Config, init: str | None) -> None:
     """ModelError for models that training needs which are not there or do not fit, before any of them is loaded."""
-    with torch.device("meta"):
+    with outlining():
         built = config.build()
     for part, reference in built.external.items():
         other = checkpoint.skeleton(checkpoint.find(reference))

@@ -1,0 +1,32 @@
+"""Modules without their initial numbers: about to be filled from a file, or looked at on the meta device."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+# Of torch.Tensor and torch.nn.init.
+RANDOM = frozenset({"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_",
+                    "xavier_uniform_", "orthogonal_"})
+
+
+class Unfilled(TorchFunctionMode):
+    """Weights built inside hold no random numbers: what is read right afterwards overwrites them all.
+
+    On the meta device, where such numbers are nothing, they would import torch's compiler, which takes a second.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in RANDOM and (args or "tensor" in kwargs):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def outlining() -> Iterator[None]:
+    """What is built inside has shapes and no numbers: the meta device, and nothing drawn on it."""
+    with torch.device("meta"), Unfilled():
+        yield
