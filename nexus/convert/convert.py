@@ -1,6 +1,5 @@
 """`nexus convert`: public checkpoints to Nexus models and back. Every key is used exactly once, or named."""
 
-import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +11,7 @@ from nexus.config import Config
 from nexus.convert import stream
 from nexus.convert.detect import Found, detect, opened
 from nexus.convert.export import Model, Target, entry, export, layout_names, wanted_layout, write
+from nexus.convert.layout import native_config
 from nexus.convert.pieces import Piece, built
 from nexus.errors import InputError, ModelError, OutputError, UsageError
 
@@ -161,7 +161,7 @@ def _import(src: Path, stack: ExitStack, folder: Path | None, check: bool, overr
 def settle(found: Found, overrides: Sequence[str]) -> tuple[Config, dict[str, object]]:
     """The native configuration, and which settings of it were assumed."""
     layout, source = found.layout, found.source
-    data, assumed = copy.deepcopy(layout.config(source.shapes, source.config)), {}      # it may share a layout's own
+    data, assumed = native_config(layout, source.shapes, source.config, source.path), {}
     given = {name.strip(): value for name, _, value in (text.partition("=") for text in overrides)}
     unsaid = layout.unsaid(source.shapes, source.config)
     # Of settings that say the same in two ways (heads, or the width of one), the file's user gives either.

@@ -1,13 +1,17 @@
 """What a public checkpoint layout is: how to know it, its configuration and its key table."""
 
+import copy
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
 from nexus.convert.keymap import Row
+from nexus.errors import ModelError
 
 Shapes = Mapping[str, tuple[int, ...]]
+UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 class Layout(NamedTuple):
@@ -41,3 +45,13 @@ class Layout(NamedTuple):
     unsaid: Callable[[Shapes, dict | None], tuple[str, ...]] = lambda shapes, foreign: ()
     fixed: tuple[str, ...] = ()
     auto: bool = True
+
+
+def native_config(layout: Layout, shapes: Shapes, foreign: dict | None, path: Path) -> dict:
+    """A copy of layout.config(shapes, foreign); ModelError naming `path` where those do not describe such a model."""
+    try:
+        return copy.deepcopy(layout.config(shapes, foreign))            # it may share the layout's own
+    except UNREADABLE as error:
+        said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ModelError(f"{path} does not describe a model of {layout.system}/{layout.name}: {said}",
+                         hint="fetch it again, with the config.json that belongs to it") from error

@@ -43,16 +43,22 @@ class Piece(NamedTuple):
     def native(self) -> dict[str, Lazy]:
         """The native tensors, under the part's name.
 
-        Raises ModelError for a linear layer in place of a convolution, and for a table that is not the layout's.
+        Raises ModelError for a linear layer in place of a convolution, for whole numbers in place of weights, and for a
+        table that is not the layout's.
         """
         source, constants = self.source, self.layout.constants(self.data)
         _check_constants(below(source, only=constants), constants)
-        left = source.tensors.keys() - constants.keys() - set(self.dropped())
+        gone = {*constants, *self.dropped()}
+        left = [key for key in source.tensors if key not in gone]
         found = stream.native(self.layout.table(self.data), tensors_of(below(source, only=left)))
         for key, lazy in found.items():
             if lazy.meta.shape != self.built[key].shape:
                 raise ModelError(f"{source.path}: {key} would be {list(lazy.shape)}, {list(self.built[key].shape)} "
                                  "expected", hint="a linear layer in place of a convolution, or the reverse")
+            if self.built[key].is_floating_point() and not lazy.meta.is_floating_point():
+                kind = str(lazy.meta.dtype).removeprefix("torch.")
+                raise ModelError(f"{source.path}: {key} is of {kind}, which is no weight's kind of number",
+                                 hint="a quantised checkpoint is not read: convert the one that it was made from")
         return {f"{self.part}.{key}": lazy for key, lazy in found.items()}
 
     def _wanted(self) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 All draws come from a CPU generator, so equal generators change pictures equally on every machine.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Policy = Literal["color", "translation", "cutout"]
+Policy = Literal["color", "hue", "translation", "cutout"]
 SHIFT, HOLE = 1 / 8, 1 / 2      # of the side
 
 
@@ -29,6 +30,18 @@ def color(x: Tensor, rng: torch.Generator) -> Tensor:
     x = grey + (x - grey) * (2 * saturation)
     middle = x.mean((1, 2, 3), keepdim=True)
     return middle + (x - middle) * (contrast + 0.5)
+
+
+def hue(x: Tensor, rng: torch.Generator) -> Tensor:
+    """Colours turned by any angle about the grey axis, clamped to [-1, 1]; greys stay, as does one channel alone.
+
+    A turn is the identity's share cos(t), the mean's 1 - cos(t), and sin(t) of the cross product with the axis.
+    """
+    if x.shape[1] != 3:
+        return x
+    angle = 2 * math.pi * _uniform(x, rng)
+    across = (x.roll(1, 1) - x.roll(-1, 1)) / math.sqrt(3)
+    return (angle.cos() * x + (1 - angle.cos()) * x.mean(1, keepdim=True) + angle.sin() * across).clamp(-1, 1)
 
 
 def translation(x: Tensor, rng: torch.Generator) -> Tensor:
@@ -61,4 +74,4 @@ def _uniform(x: Tensor, rng: torch.Generator) -> Tensor:
     return torch.rand(len(x), 1, 1, 1, generator=rng).to(x)
 
 
-CHANGES = {"color": color, "translation": translation, "cutout": cutout}
+CHANGES = {"color": color, "hue": hue, "translation": translation, "cutout": cutout}

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nexus.config import Config
-from nexus.errors import UsageError
+from nexus.errors import InputError, UsageError
 
 MARK = ".lora."                         # in the name of every tensor of a branch
 Rows = tuple[int, int]                  # the first row of a weight that a part updates, and the row after its last
@@ -34,11 +34,17 @@ class LoRAConfig(Config):
 
     @classmethod
     def read(cls, text: str) -> Self:
-        """"rank=8,alpha=8,targets=attn", in any order and each optional. Raises UsageError, InputError."""
-        pairs = [part.partition("=") for part in text.split(",")]
-        if bad := [name for name, mark, _ in pairs if not mark or name.strip() not in cls.model_fields]:
-            raise UsageError(f"--lora '{text}': '{bad[0]}' is not NAME=VALUE", hint="rank=8,alpha=8,targets=attn")
-        return cls.parse({name.strip(): value.strip() for name, _, value in pairs})
+        """"rank=8,alpha=8,targets=attn", in any order and each optional; else UsageError."""
+        pairs, hint = [part.partition("=") for part in text.split(",")], "rank=8,alpha=8,targets=attn"
+        for name, mark, _ in pairs:
+            if not mark:
+                raise UsageError(f"--lora '{text}': '{name}' is not NAME=VALUE", hint=hint)
+            if name.strip() not in cls.model_fields:
+                raise UsageError(f"--lora '{text}': there is no setting '{name.strip()}'", hint=hint)
+        try:
+            return cls.parse({name.strip(): value.strip() for name, _, value in pairs})
+        except InputError as error:
+            raise UsageError(f"--lora '{text}': {str(error).removeprefix('LoRAConfig: ')}", hint=hint) from None
 
     @property
     def scale(self) -> float:

@@ -41,15 +41,20 @@ def settings(system: str, lora: dict, preset: str | None, file: dict | None, ove
     return overridden(cls.parse(fields), args, overrides, flags)
 
 
-def begin(built: torch.nn.Module, system: str, lora: dict, run: Path, sharding: str) -> str:
-    """Fill a new system with the base's weights and give it branches; returns a line that says so."""
+def check(built: torch.nn.Module, system: str, lora: dict, sharding: str) -> None:
+    """Give a new system its branches; UsageError where it, or how it is trained, is nothing for a LoRA."""
     if sharding != "ddp":
         raise UsageError("a LoRA is trained whole on every device", hint="--set train.sharding=ddp")
-    fill_base(built, lora["base"], str(run))
     dressed(built, {"system": system, "lora": lora})
     for phase in built.phases():
         if not any(p.requires_grad for p in phase.module.parameters()):
             raise UsageError(f"'{system}' trains more than one network, and a LoRA is of one",
                              hint="train it without --lora")
+
+
+def begin(built: torch.nn.Module, system: str, lora: dict, run: Path, sharding: str) -> str:
+    """Fill a new system with the base's weights and give it branches; returns a line on it. Raises as `check`."""
+    fill_base(built, lora["base"], str(run))
+    check(built, system, lora, sharding)
     count = sum(t.numel() for t in checkpoint.own_state(built).values())
     return f"{count:,} numbers are trained, on the weights of {lora['base']['model']}"

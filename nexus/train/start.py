@@ -123,12 +123,18 @@ def planned(system: str, data: str, run: Path, *, preset: str | None = None, fil
         init = init or getattr(config, "teacher", None) or getattr(config, "base", None)    # a student starts as it
         if init is None and getattr(config, "goes_on", False):
             raise UsageError("these settings go on with a trained model, and none is named", hint="--init MODEL")
-    _check_parts(config, None if low or runs.checkpoints(run) else init)
+    built = _check_parts(config, None if low or runs.checkpoints(run) else init)
+    if low:
+        with outlining():
+            loras.check(built, system, low, args.sharding)
     return Plan(config, args, images, low, init)
 
 
-def _check_parts(config: Config, init: str | None) -> None:
-    """ModelError for models that training needs which are not there or do not fit, before any of them is loaded."""
+def _check_parts(config: Config, init: str | None) -> torch.nn.Module:
+    """The system's outline; ModelError for models that training needs which are not there or do not fit.
+
+    None of them is loaded for it.
+    """
     with outlining():
         built = config.build()
     for part, reference in built.external.items():
@@ -137,6 +143,7 @@ def _check_parts(config: Config, init: str | None) -> None:
             built.admit(part, other)
     if init:
         _common(checkpoint.released_state(checkpoint.skeleton(checkpoint.find(init))), built, init)
+    return built
 
 
 def say_skipped(images: ImageSet, report: Callable[[str], None]) -> None:

@@ -48,6 +48,17 @@ def test_a_plan_shows_the_lora(warm, trained, pictures, tmp_path):
     assert plan["lora"]["rank"] == 2 and plan["lora"]["base"]["digest"] and not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("lora, said", [
+    ("rank=2", "'gan' has no layer for --lora targets=attn"), ("rank=2,targets=all", "trains more than one network"),
+    ("rank=two", "--lora 'rank=two': rank: "), ("rank=2,width=3", "there is no setting 'width'"),
+])
+def test_a_plan_refuses_what_the_run_would(warm, tmp_path, lora, said):
+    run = tmp_path / "run"
+    for more in ((), ("--dry-run",)):
+        done = warm("train", "gan", "--lora", lora, "--data", "emoji", "--run", run, "--device", "cpu", *more)
+        assert done.returncode == 2 and said in done.stderr.decode() and not run.exists()
+
+
 @pytest.mark.parametrize("arguments, code, said", [
     (("--lora", "gone.safetensors:0.5"), 4, "there is no file 'gone.safetensors'"),
     (("--embedding", "gone.pt:cat"), 4, "there is no file 'gone.pt'"),

@@ -155,8 +155,37 @@ def test_unequal_copies_are_refused(plain, tmp_path):
     state = load_file(file)
     state["transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"] += 1
     save_file(state, file)
-    with pytest.raises(ModelError, match="should repeat"):
-        convert(tmp_path / "folder", tmp_path / "native")
+    for _ in range(2):                                  # the same key each time: the order is the file's
+        with pytest.raises(ModelError, match=r"blocks\.1\.norm1\.\S*linear_1\.bias should repeat "
+                                             r"transformer_blocks\.0\.norm1"):
+            convert(tmp_path / "folder", tmp_path / "native")
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    state = original_state()
+    state["final_layer.linear.bias"] = torch.ones_like(original_state()["final_layer.linear.bias"], dtype=torch.int8)
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match=r"\.bias is of int8, which is no weight's kind of number"):
+        convert(tmp_path / "x.safetensors", tmp_path / "y", overrides=HEADS)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"block_out_channels": None}, "ddpm/diffusers: it lacks 'block_out_channels'"),
+    ({"down_block_types": 5}, "ddpm/diffusers: 'int' object is not iterable"),
+    ({}, r"down_blocks\.0\.resnets\.0\.norm1\.weight is missing")])
+def test_a_unet_that_lacks_something_is_told_what(tmp_path, change, said):
+    diffusers = pytest.importorskip("diffusers")
+    diffusers.UNet2DModel(sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+                          down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    if not change:
+        file = tmp_path / "diffusion_pytorch_model.safetensors"
+        state = load_file(file)
+        del state["down_blocks.0.resnets.0.norm1.weight"]
+        save_file(state, file)
+    with pytest.raises(ModelError, match=said):
+        convert(tmp_path, tmp_path / "native")
 
 
 def test_a_learned_position_table_is_refused(tmp_path):

@@ -267,3 +267,17 @@ def test_cyclegans_loss_is_the_papers():
         expected = sum(0.5 * ((d[k](real) - 1).square().mean() + d[k](fake).square().mean())
                        for k, real, fake in (("a", a, fake_a), ("b", o, fake_b)))
     assert torch.allclose(critic, expected, rtol=1e-5)
+
+
+def test_turned_colours_go_in_and_the_critics_see_real_ones():
+    b = batch()
+    grey = {key: value.mean(1, keepdim=True).expand(-1, 3, -1, -1) if value.ndim == 4 else value
+            for key, value in b.items()}
+    for data, same in ((b, False), (grey, True)):
+        plain, turned = (built(CycleGANConfig.preset("tiny").override([f"hue={share}"])) for share in (0, 1))
+        one, two = (system.generator_loss(data, generator(0), 0)["cycle"] for system in (plain, turned))
+        assert torch.allclose(one, two, atol=1e-5) == same
+        one, two = (system.critic_loss(data, generator(0), 0) for system in (plain, turned))
+        assert one["real_a"] == two["real_a"] and one["real_b"] == two["real_b"]
+        one, two = (system.pools["b"].pictures[:4] for system in (plain, turned))
+        assert torch.allclose(one, two, atol=1e-5) == same

@@ -7,7 +7,7 @@ from torch import nn
 
 from nexus.errors import InputError
 from nexus.nn.dcgan import DCCriticConfig, DCGeneratorConfig
-from nexus.nn.diffaugment import CHANGES, color, cutout, diff_augment, translation
+from nexus.nn.diffaugment import CHANGES, color, cutout, diff_augment, hue, translation
 from nexus.nn.gan_blocks import BatchNorm, frozen, lipschitz
 from nexus.nn.gan_resnet import ResCriticConfig, ResGeneratorConfig
 from nexus.nn.image_pool import ImagePool
@@ -52,6 +52,19 @@ def test_color_keeps_grey_pictures_grey_and_translation_moves_pixels():
     rows, cols = moved.flatten(1).argmax(1) // 16 - 8, moved.flatten(1).argmax(1) % 16 - 8
     assert rows.abs().max() == 2 and cols.abs().max() == 2
     assert len(set(zip(rows.tolist(), cols.tolist(), strict=True))) > 8
+
+
+def test_hue_turns_about_the_grey_axis():
+    x = 0.3 * pictures()
+    made = hue(x, generator(1, "hue"))
+    assert torch.allclose(made.mean(1), x.mean(1), atol=1e-6)               # as grey as before, and as colourful
+    assert torch.allclose(made.var(1), x.var(1), atol=1e-6)
+    red = torch.tensor([0.6, 0.0, 0.0]).view(1, 3, 1, 1).expand(3000, 3, 1, 1)
+    whole = hue(red, generator(2, "hue"))[:, :, 0, 0]
+    assert (whole.max(0).values > 0.59).all()           # red becomes green and blue somewhere on the circle
+    for same in (pictures()[:, :1].expand(-1, 3, -1, -1), pictures()[:, :1]):
+        assert torch.allclose(hue(same, generator(3, "hue")), same, atol=1e-6)
+    assert hue(pictures(), generator(4, "hue")).abs().max() <= 1
 
 
 def test_cutout_takes_at_most_a_quarter():

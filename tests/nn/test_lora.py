@@ -1,12 +1,13 @@
 """Low-rank branches: what they add, how they start, and that merging and its undoing are exact."""
 
 import copy
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from nexus.errors import InputError, UsageError
+from nexus.errors import UsageError
 from nexus.nn import lora
 from nexus.nn.lora import Branch, LoRAConfig
 
@@ -99,11 +100,10 @@ def test_half_precision_layers_take_float32_branches():
 def test_settings_are_read_and_refused():
     assert LoRAConfig.read("rank=4") == LoRAConfig(rank=4)
     assert LoRAConfig.read("rank=4, alpha=2,targets=all").scale == 0.5
-    for text in ("4", "rank", "rank=4,depth=2", ""):
-        with pytest.raises(UsageError, match="NAME=VALUE"):
-            LoRAConfig.read(text)
-    for text in ("rank=0", "rank=x", "alpha=0", "targets=some"):
-        with pytest.raises(InputError):
+    for text, said in (("4", "'4' is not NAME=VALUE"), ("rank", "'rank' is not NAME=VALUE"), ("", "NAME=VALUE"),
+                       ("rank=4,depth=2", "there is no setting 'depth'"), ("rank=x", "(got 'x')"),
+                       ("rank=0", "rank"), ("alpha=0", "alpha"), ("targets=some", "targets")):
+        with pytest.raises(UsageError, match=re.escape(f"--lora '{text}': ") + f".*{re.escape(said)}"):
             LoRAConfig.read(text)
     with pytest.raises(UsageError, match="LayerNorm"):
         lora.attach(nn.Sequential(nn.LayerNorm(4)), {"0": ((0, 4),)}, 2)

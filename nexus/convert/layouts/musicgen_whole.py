@@ -9,7 +9,7 @@ from nexus.config import Config
 from nexus.convert import stream
 from nexus.convert.detect import Found, Source, detect, json_of, opened
 from nexus.convert.export import FORMAT, Target, as_json, weights
-from nexus.convert.layout import Layout
+from nexus.convert.layout import Layout, native_config
 from nexus.convert.layouts import encodec, musicgen
 from nexus.convert.parts import HOME, Whole, below, encoder_files, named
 from nexus.convert.pieces import Piece, built, foreign, split, tensors_of
@@ -72,7 +72,7 @@ def _whole(name: str, data: dict, parts: list[tuple[Layout, Source]], files: dic
 
 def _both(layout: Layout, sound: Source, channels: int) -> dict:
     """The codec's network; a mono one under a stereo model hears the channels in turn."""
-    net = EncodecConfig.parse(layout.config(sound.shapes, sound.config)["net"])
+    net = EncodecConfig.parse(native_config(layout, sound.shapes, sound.config, sound.path)["net"])
     if channels == 2 and net.channels == 1:
         net = net.model_copy(update={"channels": 2, "interleave": "rows"})
     return net.to_json()
@@ -110,7 +110,7 @@ def _words(src: Path, source: Source, said: dict) -> tuple[dict, dict[str, Paylo
 def _audiocraft(src: Path, stack: ExitStack, scratch: Path | None, hearing: str | None) -> Whole:
     found = [detect(stack.enter_context(opened(src / file, scratch)), f"{system}/original")
              for file, system in ((LM, SYSTEM), (CODEC, "encodec"))]
-    data, codec = (one.layout.config(one.source.shapes, one.source.config) for one in found)
+    data, codec = (native_config(one.layout, one.source.shapes, one.source.config, one.source.path) for one in found)
     said = (found[0].source.config or {}).get("xp.cfg") or {}
     net = EncodecConfig.parse(codec["net"])
     if data["net"]["codebooks"] == 2 * net.quantizers:

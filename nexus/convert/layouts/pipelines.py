@@ -14,7 +14,7 @@ from nexus.config import Config
 from nexus.convert.convert import settle
 from nexus.convert.detect import Found, Source, json_of, opened
 from nexus.convert.export import Target, as_json, weights
-from nexus.convert.layout import Layout
+from nexus.convert.layout import Layout, native_config
 from nexus.convert.layouts import consistency, dit, kl_image, lcm, mmdit, pixart, schedulers, sd, unet, unet_diffusers
 from nexus.convert.parts import (
     HOME,
@@ -189,7 +189,7 @@ def _codec(src: Path, vae: Source) -> Layout:
 
 def _picture(layout: Layout, vae: Source, side: int | None) -> KLConfig:
     """The codec for pictures of the size that the network was trained on."""
-    found = layout.config(vae.shapes, vae.config)["net"]
+    found = native_config(layout, vae.shapes, vae.config, vae.path)["net"]
     config = kl_image.NETS[found["kind"]].parse(found)
     return config.model_copy(update={"size": side * config.factor}) if isinstance(side, int) else config
 

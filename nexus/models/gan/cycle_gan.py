@@ -15,6 +15,7 @@ from nexus.errors import InputError, UsageError
 from nexus.losses.adversarial import LOSSES
 from nexus.losses.diversity import diversity
 from nexus.media import Media
+from nexus.nn.diffaugment import diff_augment
 from nexus.nn.gan_blocks import frozen, gaussian_weights
 from nexus.nn.image_pool import ImagePool
 from nexus.nn.patch_critic import PatchCritic
@@ -54,8 +55,10 @@ class CycleGANConfig(Config):
     """Two networks of config `net`, a critic of each kind, and what the generators pay for.
 
     cycle: weight of |there and back - x|. identity: of |b - ab(b)|, as a share of `cycle`. pool: earlier pictures that
-    a critic is also shown. two_way False: only the way ab, as published files hold it; such a model is not trained.
-    size: side of the pictures in training. A net of kind "patch" is a published critic, which makes nothing.
+    a critic is also shown. hue: chance that a picture's colours are turned before it is translated, so that coming back
+    works for colours that few pictures have; the critics' real pictures keep theirs. two_way False: only the way ab, as
+    published files hold it; such a model is not trained. size: side of the pictures in training. A net of kind "patch"
+    is a published critic, which makes nothing.
     """
 
     net: Annotated[ResnetConfig | UNetConfig | PatchNetConfig, Field(discriminator="kind")] = ResnetConfig()
@@ -64,6 +67,7 @@ class CycleGANConfig(Config):
     cycle: float = Field(10.0, ge=0)
     identity: float = Field(0.5, ge=0)
     pool: int = Field(50, ge=0)
+    hue: float = Field(0.0, ge=0, le=1)
     two_way: bool = True
     domains: ClassVar[str] = "unaligned"
 
@@ -152,7 +156,7 @@ class CycleGAN(nn.Module):
     def generator_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """Deceiving both critics, coming back, and leaving alone what is of the wanted kind already."""
         c, total, logged = self.config, 0.0, {"deceive": 0.0, "cycle": 0.0}
-        for way, back, x, y in _ways(batch):
+        for way, back, x, y in self._ways(batch, rng):
             made = self.net(x, way)
             with frozen(self.critic[way[1]]) as critic:
                 deceived = LSGAN.generator(None, critic(made).float())
@@ -169,13 +173,24 @@ class CycleGAN(nn.Module):
     def critic_loss(self, batch: dict, rng: torch.Generator, step: int) -> dict[str, Tensor]:
         """How badly each critic tells its kind from made pictures, new and earlier ones."""
         total, logged = 0.0, {}
-        for way, _, x, y in _ways(batch):
+        for way, _, x, y in self._ways(batch, rng):
             with torch.no_grad():
                 made = self.pools[way[1]].query(self.net(x, way).float(), rng)
             real, fake = (self.critic[way[1]](seen).float() for seen in (y, made))
             total = total + LSGAN.critic(real, fake)
             logged |= {f"real_{way[1]}": real.mean().detach(), f"fake_{way[1]}": fake.mean().detach()}
         return {"loss": total} | logged
+
+    def _ways(self, batch: dict, rng: torch.Generator) -> tuple[tuple[str, str, Tensor, Tensor], ...]:
+        """(way, way back, pictures it starts from, real pictures of the kind it makes), both ways."""
+        a, b = batch["image"], batch["other"]
+        from_a, from_b = (self._turned(x, rng) for x in (a, b)) if self.config.hue else (a, b)
+        return ("ab", "ba", from_a, b), ("ba", "ab", from_b, a)
+
+    def _turned(self, x: Tensor, rng: torch.Generator) -> Tensor:
+        """x [B, C, H, W], the colours of some turned, as `config.hue` says."""
+        chosen = torch.rand(len(x), 1, 1, 1, generator=rng).to(x.device) < self.config.hue
+        return torch.where(chosen, diff_augment(x, rng, ("hue",)), x)
 
     def translate(self, x: Tensor, direction: str = "ab", seeds: list[int] | None = None) -> Tensor:
         """x [B, C, H, W] in [-1, 1] of any size -> the other kind. UsageError for a way that the model lacks.
@@ -201,12 +216,6 @@ class CycleGAN(nn.Module):
         if watch is not None:
             watch(0, 1, shown, lambda x: x)
         return Media("image", shown)
-
-
-def _ways(batch: dict) -> tuple[tuple[str, str, Tensor, Tensor], ...]:
-    """(way, way back, pictures it starts from, pictures of the kind it makes), both ways."""
-    a, b = batch["image"], batch["other"]
-    return ("ab", "ba", a, b), ("ba", "ab", b, a)
 
 
 class Critic(nn.Module):
