@@ -142,9 +142,11 @@ def sample(system: str | torch.nn.Module, request: SampleRequest, *, seeds: list
     """Pictures or sounds as they are made, one a seed; item i is the same whatever the batch size.
 
     system: a catalog name (with `model`, or its embedded checkpoint; offload and tile as of `load`) or a loaded system.
-    progress(done, total) counts sampling steps over all batches; True shows a bar on stderr. A batch that does not
-    fit into memory is tried again at half its size, down to one picture. preview(media) sees a batch in the making,
-    decoded after every preview_every-th step and the last one.
+    On the CPU pictures are made one at a time, whatever batch_size says: kernels round by the shape of a batch, and a
+    picture's bytes would follow (docs/design.md has what it costs). progress(done, total) counts sampling steps
+    over all batches; True shows a bar on stderr. A batch that does not fit into memory is tried again at half its size,
+    down to one picture. preview(media) sees a batch in the making, decoded after every preview_every-th step and the
+    last one.
     """
     if isinstance(system, str):
         catalog.entry(system)
@@ -177,10 +179,12 @@ class _Watch(NamedTuple):
 def _made(system: torch.nn.Module, request: SampleRequest, seeds: list[int], batch_size: int, model: str | None,
           watch: _Watch) -> Iterator[Item]:
     done, more = 0, _guide(system, request)
+    if next(system.parameters()).device.type == "cpu" and "duration" not in getattr(system, "takes", ()):
+        batch_size = 1
     while done < len(seeds):
         part = seeds[done:done + batch_size]
         try:
-            made = system.generate(request, seeds=part, watch=watch.of(done, len(part)), **more)
+            made = system.generate(_of_item(request, done), seeds=part, watch=watch.of(done, len(part)), **more)
         except (RuntimeError, MemoryError) as error:
             if not is_full(error):
                 raise
@@ -189,10 +193,18 @@ def _made(system: torch.nn.Module, request: SampleRequest, seeds: list[int], bat
                                   hint="a smaller --size, --dtype bfloat16, or another --device") from None
             batch_size = max(1, len(part) // 2)
             continue
-        for seed, data, note in zip(part, made.data, made.notes or ({},) * len(part), strict=True):
+        for i, (seed, data, note) in enumerate(zip(part, made.data, made.notes or ({},) * len(part), strict=True)):
             ready = to_uint8(data) if made.kind == "image" else data.detach().float().cpu().numpy()
-            yield Item(seed, ready, record_of(system, request, seed, note, model), made.kind, made.rate)
+            record = record_of(system, _of_item(request, done + i), seed, note, model)
+            yield Item(seed, ready, record, made.kind, made.rate)
         done += len(part)
+
+
+def _of_item(request: SampleRequest, number: int) -> SampleRequest:
+    """The request for items from this number on: of given noise each has a row of its own."""
+    if request.initial_noise is None:
+        return request
+    return request.model_copy(update={"noise_row": (request.noise_row or 0) + number})
 
 
 def _check_own(system: torch.nn.Module, request: SampleRequest) -> None:

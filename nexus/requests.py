@@ -17,7 +17,8 @@ SAMPLERS = ("ddpm", "ddim", "euler", "euler-a", "heun", "midpoint", "rk4", "dopr
 GUIDANCE_KINDS = ("cfg", "cfg-zero", "apg", "pag", "slg", "autoguidance", "classifier")
 NEEDS_KIND = {"guide_model": ("autoguidance", "classifier"), "apg": ("apg",), "perturb_layers": ("pag", "slg"),
               "perturb_scale": ("pag", "slg"), "perturb_interval": ("pag", "slg"), "zero_init": ("cfg-zero",)}
-COMPANIONS = {"negative_prompt": "prompt", "control_image": "control", "control_scale": "control"}
+COMPANIONS = {"negative_prompt": "prompt", "control_image": "control", "control_scale": "control",
+              "strength": "image", "mask": "image", "outpaint": "image", "noise_row": "initial_noise"}
 ONE_STEP = "this model makes a picture in one step, there is nothing to set"
 OWN = ("truncation", "interpolate", "direction", "duration", "temperature", "top_k", "top_p", "guidance_style",
        "melody", "continued")       # only for systems that name them in `takes`
@@ -56,6 +57,7 @@ class SampleRequest(Config):
     interpolate: int | None = Field(None, ge=2, le=1024)    # frames of a walk from the seed's picture to the next one's
     direction: Literal["ab", "ba"] | None = None            # of a model that translates between two kinds of pictures
     initial_noise: str | None = None                        # safetensors, key `noise` [N, *latent shape]
+    noise_row: int | None = Field(None, ge=0)               # which of its rows the first item takes; None = the first
     control: str | None = None                              # a ControlNet: a model's name or path
     control_image: str | None = None                        # a file: what the ControlNet is shown, as it is
     control_scale: float | None = Field(None, ge=0, le=10)

@@ -168,17 +168,22 @@ def _checked(value: dict, base: Path) -> tuple[dict, dict]:
             settings[key] = _input_path(base, settings[key], key)
     for key in FILE_LISTS:
         if key in settings:
+            check_files(key, settings[key], base)
             settings[key] = [str(base / entry) for entry in settings[key]]
-            check_files(key, settings[key])
     return settings, _own(value)
 
 
-def check_files(key: str, entries: list[str]) -> None:
-    """ModelError for an entry of a list of FILE_LISTS that names no file."""
+def check_files(key: str, entries: list[str], base: Path = Path()) -> None:
+    """UsageError for an entry of a list of FILE_LISTS that names no file, ModelError for one that is not there.
+
+    base: the folder that relative names are below.
+    """
     from nexus.requests import named_file, weighted_file
     for entry in entries:
         name = (weighted_file if key == "lora" else named_file)(entry)[0]
-        if "\0" in name or not Path(name).exists():
+        if not name.strip():
+            raise UsageError(f"--{key} '{entry}' names no file", hint=f"--{key} FILE, or leave it out")
+        if "\0" in name or not (base / name).exists():
             raise ModelError(f"--{key}: there is no file '{name}'", hint="check the path")
 
 

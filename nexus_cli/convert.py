@@ -89,7 +89,10 @@ def _converted(source: Path, target: Path, lora: list[str] | None, settings: dic
     from nexus.convert import lora_merge
     run = lora_merge.run_of(source)
     if run is not None and not lora and settings["to"] not in (None, "nexus"):
-        return lora_merge.write_run(run, target, settings["to"], exists=settings["exists"])
+        if settings["overrides"] or settings["read_as"]:
+            raise UsageError("--set and --from are for foreign checkpoints, and this is a LoRA run of nexus",
+                             hint="leave them out")
+        return lora_merge.write_run(run, target, settings["to"], exists=settings["exists"], check=settings["check"])
     if lora or run is not None:
         return lora_merge.merged(source, target, lora or [], **settings)
     return converting.convert(source, target, **settings)

@@ -100,6 +100,13 @@ def worded(settings: dict, words: tuple[str, ...]) -> dict:
     return settings | {"prompt": ", ".join(parts)} if words else settings
 
 
+def _with_row(settings: dict, k: int) -> dict:
+    """The settings of item k, which takes row k of the noise that is given, whichever others are made beside it."""
+    if not settings.get("initial_noise") or not k:
+        return settings
+    return settings | {"noise_row": settings.get("noise_row", 0) + k}
+
+
 def of_flags(asked: Asked) -> tuple[list[Job], Place]:
     """The jobs of a command without a batch file; item k has seed + k."""
     where = place(asked.output, kind=asked.kind)
@@ -112,7 +119,8 @@ def of_flags(asked: Asked) -> tuple[list[Job], Place]:
     for n, seed in enumerate(seeds, 1):
         values = {"n": n, "seed": seed, "model": asked.name, "prompt": asked.settings.get("prompt") or "",
                   "id": f"{mark}-{seed}", "hash": mark[:8], "date": date, "ext": asked.ext}
-        jobs.append(Job(f"{mark}-{seed}", asked.settings, seed, n, Path(render(where.template, values))))
+        jobs.append(Job(f"{mark}-{seed}", _with_row(asked.settings, n - 1), seed, n,
+                        Path(render(where.template, values))))
     policy = asked.exists or ("error" if where.exact else "rename")
     return settle(jobs, policy), where
 
@@ -159,7 +167,7 @@ def _of_row(asked: Asked, row: Row, where: Place, before: int, twins: dict[str, 
         key = word if len(seeds) == 1 else f"{word}-{k}"
         values = {"n": before + k + 1, "seed": seed, "model": asked.name, "prompt": prompt, "id": key,
                   "hash": mark[:8], "date": time.strftime("%Y%m%d"), "ext": asked.ext}
-        jobs.append(Job(key if "id" in row.own else f"{mark}-{seed}", settings, seed, before + k + 1,
+        jobs.append(Job(key if "id" in row.own else f"{mark}-{seed}", _with_row(settings, k), seed, before + k + 1,
                         _row_path(row, where, k, len(seeds), values, asked.kind)))
     return jobs
 

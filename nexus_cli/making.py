@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 from nexus.atomic import append_line, clean_temporary, read_records, write_bytes
 from nexus.errors import BusyError, InputError, NexusError, OutputError, PartialError, StoppedError
 from nexus.naming import Template, render
+from nexus_cli.batch import FILE_LISTS, PATH_KEYS
 from nexus_cli.jobs import Job, short_name
 from nexus_cli.media import PICTURES, Kind, Style
 from nexus_cli.output import Output, PipeClosedError, strict_json
 
 GRID_LIMIT = 1024
+NAMES = ("model", "control", "guide_model", *PATH_KEYS)     # what a record tells without the folders above it
 
 
 class Engine(NamedTuple):
@@ -214,8 +216,8 @@ class _Work:
         kind, style = self.ways.kind, self.ways.style
         record = {**item.record, **({"id": job.id} if self.ways.batch else {}),
                   **({} if style.loudness is None else {"loudness": style.loudness})}
-        if record.get("model"):
-            record["model"] = short_name(str(record["model"]))
+        record |= {key: short_name(str(record[key])) for key in NAMES if record.get(key)}
+        record |= {key: [short_name(entry) for entry in record[key]] for key in FILE_LISTS if record.get(key)}
         self._tell(record)
         data = kind.encode(item, job.path, record if self.ways.metadata else None, style)
         seen = kind.look(item) if self.ways.grid or self.ways.show or self.ways.beside else None

@@ -42,7 +42,7 @@ def human(size: int) -> str:
 
 def _asked(job: Job, engine: Engine, device: str, count: int):
     from nexus.memory import Asked
-    settings, batch = job.settings, min(engine.batch_size, count)
+    settings, batch = job.settings, 1 if device == "cpu" else min(engine.batch_size, count)
     width, height = settings.get("width"), settings.get("height")
     if settings.get("outpaint"):
         from nexus.process.outpaint import sized

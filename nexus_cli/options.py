@@ -56,7 +56,8 @@ Force = Annotated[bool, typer.Option("--force", "-f", help="Replace what exists 
 OutFile = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", show_default=False,
                                               help="Also write the result to this JSON file.")]
 BatchSize = Annotated[int | None, option("--batch-size", parser=parse.whole(1, 1_000_000), metavar="N",
-                                         show_default=False, help="How many at once.")]
+                                         show_default=False,
+                                         help="How many at once; pictures on the CPU are made one by one.")]
 Prompt = Annotated[str | None, option("--prompt", "-p", metavar="TEXT", panel=WHAT, show_default=False,
                                       help="What to make; - reads standard input.")]
 PromptFile = Annotated[str | None, option("--prompt-file", metavar="FILE", panel=WHAT, show_default=False,

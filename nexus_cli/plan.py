@@ -59,12 +59,16 @@ def _check_stdout(flags: dict, kind: Kind) -> None:
 def gathered(flags: dict, passed: Iterable[str], stored: dict) -> dict:
     """The request's settings: those stored in a file (see `like`), over which those of the flags go; prompts clean."""
     from nexus.naming import clean_text
+    from nexus.requests import COMPANIONS
     prompt = flags["prompt"]
     if prompt == "-" or flags["prompt_file"]:
         prompt = batches.read_text_file(flags["prompt_file"] or "-", "the prompt", PROMPT_BYTES)
     given = {key: list(flags[key]) if isinstance(flags[key], tuple) else flags[key] for key in passed}
     given["prompt"] = prompt
-    settings = {**stored, **{key: value for key, value in given.items() if value is not None}}
+    told = {key: value for key, value in given.items() if value is not None}
+    alone = {key for key, other in COMPANIONS.items()       # what is said of a file that is not given again goes too
+             if other in batches.PATH_KEYS and other not in told}
+    settings = {**{key: value for key, value in stored.items() if key not in alone}, **told}
     for key in ("prompt", "negative_prompt"):
         if settings.get(key) is not None:
             settings[key] = clean_text(settings[key])

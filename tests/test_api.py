@@ -49,11 +49,11 @@ def pictures(tmp_path_factory):
 # Previews
 
 @pytest.mark.parametrize("steps, every, due", [(10, 5, 2), (10, 4, 3), (3, 1, 3), (3, 100, 1)])
-def test_a_batch_in_the_making_is_decoded_only_when_a_preview_is_due(ddpm, decoded, steps, every, due):
+def test_what_is_in_the_making_is_decoded_only_when_a_preview_is_due(ddpm, decoded, steps, every, due):
     seen, request = [], SampleRequest(steps=steps)
     items = list(api.sample(ddpm, request, seeds=[1, 2, 3], batch_size=2, preview=seen.append, preview_every=every))
-    assert [len(media.data) for media in seen] == [2] * due + [1] * due
-    assert decoded == ([2] * due + [2]) + ([1] * due + [1])             # and once more each, to be the pictures
+    assert [len(media.data) for media in seen] == 3 * [1] * due         # on the CPU, one picture at a time
+    assert decoded == 3 * ([1] * due + [1])                             # and once more each, to be the pictures
     assert np.array_equal(api.to_uint8(seen[-1].data)[0], items[-1].image)
 
 

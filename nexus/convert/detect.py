@@ -28,6 +28,7 @@ WRAPPERS = (*AVERAGED, "best_state", "state_dict", "model_state_dict", "model", 
 LAST = "model.diffusion_model."         # the network in whole files, tried when no layout knows the names as they are
 COMPONENTS = ("transformer", "unet", "prior", "vae", "vqvae")
 MAX_WRAPPERS = 3
+LORA = (".lora_", "lora_unet_", ".lora.")
 
 
 class Stored(NamedTuple):
@@ -261,6 +262,9 @@ def _notes(source: Source, prefix: str, sources: list[Source]) -> tuple[str, ...
 
 def _unknown(source: Source, layouts: tuple[Layout, ...]) -> ModelError:
     """Which layout comes nearest, by the share of the file's keys that it knows, and what the file lacks."""
+    if any(mark in key for key in source.tensors for mark in LORA):
+        return ModelError(f"{source.path} is a LoRA: it changes a model, and is none itself",
+                          hint="nexus sample --lora FILE, or nexus convert MODEL OUT --lora FILE")
     views = [_patterns(_below(source.tensors, prefix)) for prefix in _prefixes(list(source.tensors))]
     known = [(layout, _patterns(_known(layout))) for layout in layouts]
     share, layout, keys, wanted = max(((len(keys & wanted) / max(1, len(keys)), layout, keys, wanted)

@@ -31,7 +31,8 @@ def merged(src: Path, dst: Path, references: Sequence[str], *, to: str | None = 
     reading: `convert`'s arguments for a foreign src. Raises what `convert` and `merge_files` raise.
     """
     if reading.pop("check", False):
-        raise UsageError("--check reads a checkpoint's keys and merges nothing", hint="leave --lora out")
+        raise UsageError("--check reads a checkpoint's keys and merges nothing",
+                         hint="leave --lora out" if references else "leave it out, or name a LoRA's layout with --to")
     if to in (None, "nexus"):
         check_target(dst, exists=exists, folder=True)
     with tempfile.TemporaryDirectory(dir=scratch(dst, False), prefix=".nexus-merge-") as temporary:
@@ -65,18 +66,19 @@ def _beside(path: Path) -> dict[str, bytes]:
             and str(f.relative_to(path)) not in WEIGHTS}
 
 
-def write_run(run: Path, dst: Path, form: str, *, exists: str = "error") -> Report:
-    """A LoRA run's branches in a public layout: diffusers' and kohya's one file, PEFT's folder.
+def write_run(run: Path, dst: Path, form: str, *, exists: str = "error", check: bool = False) -> Report:
+    """A LoRA run's branches in a public layout: diffusers' and kohya's one file, PEFT's folder; check: only the report.
 
     Raises UsageError for a form or a name that does not fit.
     """
     if form not in FORMS:
         raise UsageError(f"there is no LoRA layout '{form}'", hint="--to " + " or ".join(FORMS) + ", or nexus to merge")
     folder = form == "peft"
-    if folder == (dst.suffix == ".safetensors"):
+    if not check and folder == (dst.suffix == ".safetensors"):
         raise UsageError(f"'{dst}': the layout {form} is {'a folder' if folder else 'one .safetensors file'}",
                          hint="choose another name")
-    check_target(dst, exists=exists, folder=folder)
+    if not check:
+        check_target(dst, exists=exists, folder=folder)
     described, system = checkpoint.read_description(run), checkpoint.skeleton(run)
     adapter: Adapter = system.adapter
     state = checkpoint.read_weights(run, system)
@@ -85,12 +87,12 @@ def write_run(run: Path, dst: Path, form: str, *, exists: str = "error") -> Repo
                          hint="--to diffusers or peft")
     updates = adapter.updates(state)
     data = file_of(updates, form, prefix=adapter.prefix)
-    if not folder:
+    if not folder and not check:
         write_bytes(dst, data, exists=exists)
-    else:
+    elif not check:
         with staged_dir(dst, exists=exists) as temporary:
             write_bytes(temporary / "adapter_model.safetensors", data)
             said = json.dumps(adapter_settings(updates), indent=2, sort_keys=True) + "\n"
             write_bytes(temporary / "adapter_config.json", said.encode())
-    return Report(run, dst, described["system"], f"lora/{form}", described["config"], len(state),
+    return Report(run, None if check else dst, described["system"], f"lora/{form}", described["config"], len(state),
                   sum(t.numel() for t in state.values()))

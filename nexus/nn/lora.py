@@ -36,11 +36,13 @@ class LoRAConfig(Config):
     def read(cls, text: str) -> Self:
         """"rank=8,alpha=8,targets=attn", in any order and each optional; else UsageError."""
         pairs, hint = [part.partition("=") for part in text.split(",")], "rank=8,alpha=8,targets=attn"
-        for name, mark, _ in pairs:
+        for i, (name, mark, _) in enumerate(pairs):
             if not mark:
                 raise UsageError(f"--lora '{text}': '{name}' is not NAME=VALUE", hint=hint)
             if name.strip() not in cls.model_fields:
                 raise UsageError(f"--lora '{text}': there is no setting '{name.strip()}'", hint=hint)
+            if name.strip() in (other.strip() for other, _, _ in pairs[:i]):
+                raise UsageError(f"--lora '{text}': {name.strip()} is said twice", hint=hint)
         try:
             return cls.parse({name.strip(): value.strip() for name, _, value in pairs})
         except InputError as error:

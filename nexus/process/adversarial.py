@@ -241,7 +241,7 @@ class Adversarial(nn.Module):
         if self.conditioner is None and request.prompt is not None:
             raise InputError("this model is unconditional: it takes no prompt", hint="leave --prompt out")
         refuse(request, self.takes, ONE_STEP)
-        check_codes(request)
+        check_codes(request, self.config.net.latents)
         if request.prompt is not None:
             self.conditioner.check(request.prompt)
 

@@ -29,7 +29,7 @@ from nexus.process.predictions import (
     x0_of,
 )
 from nexus.process.schedules import Grid, grid, tail
-from nexus.process.sources import noise_rows, read_known, read_noise
+from nexus.process.sources import read_known, read_noise
 from nexus.process.steer import OWN_SCALES, Task, beside, cached, check_guide, check_steering, scale_of, steered
 from nexus.requests import SampleRequest
 from nexus.rng import ItemNoise
@@ -247,7 +247,7 @@ class Diffusion(nn.Module):
         self._points(request, shape)
         self._check_steering(request)
         if request.initial_noise is not None:
-            noise_rows(request.initial_noise, shape)
+            read_noise(request, shape)
 
     def check_guide(self, request: SampleRequest, guide: nn.Module) -> None:
         """UsageError for a system that cannot guide this one as the request asks; see `check`."""
@@ -289,7 +289,7 @@ class Diffusion(nn.Module):
         c = self.config
         shape = self.run_shape(request)
         noise = ItemNoise(seeds)
-        drawn = noise.draw(shape) if request.initial_noise is None else read_noise(request.initial_noise, shape, seeds)
+        drawn = noise.draw(shape) if request.initial_noise is None else read_noise(request, shape, len(seeds))
         drawn = drawn.to(device)
         points = self._points(request, shape)
         concat, known = (None, read_known(request, shape, c, device)) if c.concat is None else \
@@ -324,7 +324,8 @@ class Diffusion(nn.Module):
         points = self._tail(points, strength)
         if strength > 0 and points.steps == 0:
             raise UsageError(f"--strength {strength:g} of {steps} steps is less than one step: nothing would change",
-                             hint=f"--steps {math.ceil(1 / strength)} or more, or a greater --strength")
+                             hint=f"--steps {math.ceil(1 / strength)} or more, or a greater --strength"
+                             if strength > 1e-5 else "a greater --strength")
         return points
 
     def _start(self, points: Grid, x0: Tensor, drawn: Tensor, masked: bool) -> Tensor:

@@ -9,10 +9,12 @@ from nexus.requests import SampleRequest
 from nexus.rng import ItemNoise
 
 
-def check_codes(request: SampleRequest) -> None:
-    """UsageError for a walk from given noise."""
+def check_codes(request: SampleRequest, size: int) -> None:
+    """UsageError for a walk from given noise, InputError for noise that is not of `size` numbers an item."""
     if request.initial_noise is not None and request.interpolate:
         raise UsageError("--interpolate walks between seeds: not with --initial-noise", hint="leave one out")
+    if request.initial_noise is not None:
+        read_noise(request, (size,))
 
 
 def codes(request: SampleRequest, seeds: list[int], size: int) -> Tensor:
@@ -21,9 +23,9 @@ def codes(request: SampleRequest, seeds: list[int], size: int) -> Tensor:
     A walk goes over the sphere from the code of the item's seed to that of the next seed, both ends included. Raises
     InputError for a noise file that does not fit, UsageError for a walk from one.
     """
-    check_codes(request)
+    check_codes(request, size)
     if request.initial_noise is not None:
-        return truncated(read_noise(request.initial_noise, (size,), seeds), request.truncation)
+        return truncated(read_noise(request, (size,), len(seeds)), request.truncation)
     z = ItemNoise(seeds).draw((size,))
     if request.interpolate:
         following = ItemNoise([seed + 1 for seed in seeds]).draw((size,))

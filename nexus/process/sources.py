@@ -74,21 +74,28 @@ def noise_rows(path: str, shape: tuple[int, ...]) -> Tensor:
         with safe_open(path, "pt") as file:
             if "noise" not in file.keys():
                 raise InputError(f"{path} has no key 'noise'", hint=f"keys: {', '.join(list(file.keys())[:5])}")
-            noise = file.get_tensor("noise").float()
+            noise = file.get_tensor("noise")
     except (SafetensorError, OSError, RuntimeError) as error:
         raise InputError(f"cannot read the noise file {path}: {error}",
                          hint="a .safetensors file with the key 'noise'") from None
-    rows = noise[None] if noise.shape == shape else noise
-    if rows.shape[1:] != shape:
+    if not noise.is_floating_point() or not noise.isfinite().all():
+        raise InputError(f"{path}: its noise is not all finite numbers", hint="draws of a normal distribution")
+    rows = noise.float()[None] if noise.shape == shape else noise.float()
+    if rows.shape[1:] != shape or not len(rows):
         raise InputError(f"the noise is {list(noise.shape)}, [N, {', '.join(map(str, shape))}] expected",
                          hint="one row an item, in the model's latent shape")
     return rows
 
 
-def read_noise(path: str, shape: tuple[int, ...], seeds: list[int]) -> Tensor:
-    """`noise_rows` as [B, *shape]: item i takes row i, a single row serves all. InputError for another number."""
-    rows = noise_rows(path, shape)
-    if len(rows) not in (1, len(seeds)):
-        raise InputError(f"the noise has {len(rows)} rows, {len(seeds)} or 1 expected",
-                         hint="one row an item; --batch-size must hold them all")
-    return rows.expand(len(seeds), *shape)
+def read_noise(request: SampleRequest, shape: tuple[int, ...], count: int = 1) -> Tensor:
+    """`noise_rows` of a request as [count, *shape]: items take a row each from its `noise_row` on, or all the only one.
+
+    InputError where there are fewer.
+    """
+    rows, first = noise_rows(request.initial_noise, shape), request.noise_row or 0
+    if len(rows) == 1:
+        return rows.expand(count, *shape)
+    if first + count > len(rows):
+        raise InputError(f"{request.initial_noise} has {len(rows)} rows of noise, item {first + count} has none",
+                         hint="one row an item, or one for all")
+    return rows[first:first + count]

@@ -173,7 +173,7 @@ def beside(cond: Cond | None, concat: Tensor | None) -> Cond | None:
 def _pair(double: Callable) -> Callable:
     """Both sides from one call of a denoiser whose condition has 2B rows."""
     def pair(x: Tensor, t: Tensor):
-        result = double(torch.cat([x, x]), t)
+        result = double(torch.cat([x, x]), t if t.ndim == 0 else torch.cat([t, t]))
         x0 = x0_part(result).chunk(2)
         if not isinstance(result, Estimate):
             return x0

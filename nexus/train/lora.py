@@ -45,11 +45,10 @@ def check(built: torch.nn.Module, system: str, lora: dict, sharding: str) -> Non
     """Give a new system its branches; UsageError where it, or how it is trained, is nothing for a LoRA."""
     if sharding != "ddp":
         raise UsageError("a LoRA is trained whole on every device", hint="--set train.sharding=ddp")
+    if len(built.phases()) > 1:
+        raise UsageError(f"'{system}' trains more than one network, and a LoRA is of one",
+                         hint="train it without --lora")
     dressed(built, {"system": system, "lora": lora})
-    for phase in built.phases():
-        if not any(p.requires_grad for p in phase.module.parameters()):
-            raise UsageError(f"'{system}' trains more than one network, and a LoRA is of one",
-                             hint="train it without --lora")
 
 
 def begin(built: torch.nn.Module, system: str, lora: dict, run: Path, sharding: str) -> str:

@@ -124,9 +124,11 @@ def planned(system: str, data: str, run: Path, *, preset: str | None = None, fil
         if init is None and getattr(config, "goes_on", False):
             raise UsageError("these settings go on with a trained model, and none is named", hint="--init MODEL")
     built = _check_parts(config, None if low or runs.checkpoints(run) else init)
-    if low:
-        with outlining():
+    with outlining():                                   # what cannot be trained says so when it is asked for its phases
+        if low:
             loras.check(built, system, low, args.sharding)
+        else:
+            built.phases()
     return Plan(config, args, images, low, init)
 
 

@@ -48,8 +48,24 @@ def test_a_plan_shows_the_lora(warm, trained, pictures, tmp_path):
     assert plan["lora"]["rank"] == 2 and plan["lora"]["base"]["digest"] and not (tmp_path / "x").exists()
 
 
+def test_a_check_of_a_lora_writes_nothing(warm, adapted, tmp_path):
+    (tmp_path / "kept.safetensors").write_text("precious")
+    for form, name in (("kohya", "kept.safetensors"), ("peft", "folder"), ("diffusers", None)):
+        to = [name] if name else []
+        done = warm("convert", adapted, *to, "--to", form, "--check", "-f", "--json", cwd=tmp_path)
+        assert done.returncode == 0 and json.loads(done.stdout)["layout"] == f"lora/{form}"
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.safetensors"]
+    assert (tmp_path / "kept.safetensors").read_text() == "precious"
+    for more, said in ((("--check",), "merges nothing"), (("x.safetensors", "--to", "kohya", "--set", "a=1"), "--set")):
+        done = warm("convert", adapted, *more, cwd=tmp_path)
+        assert done.returncode == 2 and said in done.stderr.decode()
+    assert warm("convert", adapted, "k.safetensors", "--to", "kohya", cwd=tmp_path).returncode == 0
+    done = warm("convert", "k.safetensors", "out", cwd=tmp_path)
+    assert done.returncode == 4 and "k.safetensors is a LoRA" in done.stderr.decode()
+
+
 @pytest.mark.parametrize("lora, said", [
-    ("rank=2", "'gan' has no layer for --lora targets=attn"), ("rank=2,targets=all", "trains more than one network"),
+    ("rank=2", "trains more than one network"), ("rank=2,rank=3", "rank is said twice"),
     ("rank=two", "--lora 'rank=two': rank: "), ("rank=2,width=3", "there is no setting 'width'"),
 ])
 def test_a_plan_refuses_what_the_run_would(warm, tmp_path, lora, said):
@@ -61,6 +77,8 @@ def test_a_plan_refuses_what_the_run_would(warm, tmp_path, lora, said):
 
 @pytest.mark.parametrize("arguments, code, said", [
     (("--lora", "gone.safetensors:0.5"), 4, "there is no file 'gone.safetensors'"),
+    (("--lora", ""), 2, "--lora '' names no file"), (("--lora", ":2"), 2, "--lora ':2' names no file"),
+    (("--embedding", ":cat"), 2, "--embedding ':cat' names no file"),
     (("--embedding", "gone.pt:cat"), 4, "there is no file 'gone.pt'"),
     (("--control", "gone/model"), 4, "there is no model 'gone/model'"),
     (("--control-image", "gone.png"), 3, "there is no file 'gone.png'"),

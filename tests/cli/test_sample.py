@@ -6,8 +6,9 @@ import os
 import signal
 import time
 
-import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from nexus.atomic import read_records
 from nexus.images import read_image, read_record
@@ -46,8 +47,38 @@ def test_a_picture_depends_on_its_seed_alone(sample, tmp_path):
         seed = [] if name == "list" else ["-s", 5]
         assert sample(*seed, *more, "-o", f"{name}/{{seed}}.png", cwd=tmp_path).returncode == 0
     for seed in (5, 6, 7):
-        first, *others = (read_image(tmp_path / name / f"{seed}.png").astype(int) for name in ("one", "many", "list"))
-        assert all(np.abs(first - other).max() <= 1 for other in others)
+        assert len({(tmp_path / name / f"{seed}.png").read_bytes() for name in ("one", "many", "list")}) == 1
+
+
+def test_each_picture_takes_its_row_of_noise_whatever_else_is_made(sample, tmp_path):
+    noise = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for name, rows in (("all", noise), ("last", noise[2]), ("bad", noise * float("nan"))):
+        save_file({"noise": rows.contiguous()}, tmp_path / f"{name}.safetensors")
+    given = ("-s", 1, "--no-metadata", "-o", "o/{n}.png", "--initial-noise")
+    assert sample(*given, "all.safetensors", "-N", 3, cwd=tmp_path).returncode == 0
+    wanted = [(tmp_path / "o" / f"{n}.png").read_bytes() for n in (1, 2, 3)]
+    (tmp_path / "o" / "3.png").unlink()
+    assert sample(*given, "all.safetensors", "-N", 3, "--exists", "skip", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "o" / "3.png").read_bytes() == wanted[2] != wanted[0]
+    assert sample("-s", 3, "--no-metadata", "-fo", "o/1.png", "--initial-noise", "last.safetensors",
+                  cwd=tmp_path).returncode == 0
+    assert (tmp_path / "o" / "1.png").read_bytes() == wanted[2]
+    for plan in ((), ("--dry-run",)):
+        for name, count, said in (("all", 4, "has 3 rows of noise, item 4 has none"), ("bad", 1, "not all finite")):
+            done = sample(*given, f"{name}.safetensors", "-N", count, "-f", *plan, cwd=tmp_path)
+            assert done.returncode == 3 and said in done.stderr.decode()
+
+
+def test_a_record_names_files_without_their_folders(sample, pictures, tmp_path):
+    picture = next(p for p in pictures.iterdir() if p.suffix == ".png")
+    assert sample("-s", 1, "-i", picture.resolve(), "--strength", 0.5, "-o", "a.png", cwd=tmp_path).returncode == 0
+    assert read_record(tmp_path / "a.png")["image"] == picture.name
+    again = sample("--like", "a.png", "-o", "b.png", cwd=tmp_path)          # a strength is one of the lost picture
+    assert again.returncode == 0 and "--image" in again.stderr.decode()
+    assert "strength" not in read_record(tmp_path / "b.png")
+    (tmp_path / "rows.jsonl").write_text('{"strength": 0.5}\n')
+    done = sample("-b", "rows.jsonl", "-o", "o/", cwd=tmp_path)
+    assert done.returncode == 7 and "--strength has no meaning without --image" in done.stderr.decode()
 
 
 def test_the_same_command_gives_the_same_bytes(sample, tmp_path):

@@ -120,7 +120,8 @@ def test_two_processes_cannot_share_a_run(nexus, pictures, tmp_path):
 
 @pytest.mark.parametrize("system, more, said", [
     ("lcm", ["--set", "teacher=nope"], "there is no model 'nope'"), ("ddpm", ["--init", "dit"], "no tensor"),
-    ("lcm", ["--set", "teacher=flow"], "teacher")])
+    ("lcm", ["--set", "teacher=flow"], "teacher"),
+    ("consistency", ["--set", "distance=lpips", "--set", "lpips=gone.safetensors"], "no file of LPIPS weights")])
 def test_a_model_that_training_needs_is_missed_by_the_plan_and_leaves_nothing(warm, pictures, tmp_path, system, more,
                                                                               said):
     for plan in (["--dry-run"], []):

@@ -152,6 +152,14 @@ def test_stored_noise_replaces_the_drawn_one(tmp_path):
         made(built, initial_noise=str(tmp_path / "bad.safetensors"))
 
 
+def test_an_adaptive_solver_guides_each_item_by_its_own_time():
+    built = system("conditional")
+    both = made(built, seeds=(1, 2), sampler="dopri5", prompt="cat", guidance=3.0, steps=2)
+    alone = torch.cat([made(built, seeds=(seed,), sampler="dopri5", prompt="cat", guidance=3.0, steps=2)
+                       for seed in (1, 2)])
+    assert (both - alone).abs().mean() < 1e-3 < (both[0] - both[1]).abs().mean()
+
+
 def test_sizes_that_fit_are_made_and_others_named():
     built = system("ddpm")
     assert made(built, width=24, height=16).shape == (1, 3, 16, 24)

@@ -272,7 +272,8 @@ class MusicGen(nn.Module):
         piece, notes = self._piece(request, seeds, c.frames(seconds))
         codes = self.write(piece, known, watch)
         samples = min(max(1, round(seconds * c.rate)), codes.shape[-1] * c.codec.net.hop)
-        return Media("audio", self.decode(codes)[..., :samples], notes, c.rate)
+        sound = torch.cat([self.decode(one) for one in codes.split(1)])     # of a batch's shape it would be rounded
+        return Media("audio", sound[..., :samples], notes, c.rate)
 
     def _known(self, request: SampleRequest, count: int) -> Tensor:
         """The codes [N, K, T] of the sound that is gone on with; T = 0 where there is none."""
