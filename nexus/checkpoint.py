@@ -294,6 +294,7 @@ def skeleton(path: Path, described: dict | None = None) -> nn.Module:
         built = _buildable(str(path), lambda: catalog.config_class(described["system"])
                            .parse(described["config"]).build())
         from nexus.convert.lora_run import dressed
+        place(built, path)
         return dressed(built, described)
 
 

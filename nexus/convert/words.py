@@ -14,7 +14,7 @@ from nexus.text.inversion import check, word_of
 def teach(system: nn.Module, entries: Sequence[str]) -> tuple:
     """Teach FILE[:WORD]s to a system's text encoders; returns what `dress` undoes it with.
 
-    Raises InputError for a system that learns no words or a file that holds none, ModelError for a damaged file.
+    Raises InputError for a system that learns no words or a file that holds none of its, ModelError for a damaged one.
     """
     conditioner = system.conditioner
     before = getattr(conditioner, "extras", ())
@@ -24,6 +24,7 @@ def teach(system: nn.Module, entries: Sequence[str]) -> tuple:
         check(conditioner, file)
         with opened(Path(file)) as (source,):
             words.append(word_of(read(source), word, file))
+        words[-1].check(conditioner.widths())
     if words:
         conditioner.dress((*before, *words))
     return before

@@ -31,13 +31,22 @@ def located(name: str, base: Path | None = None) -> Path:
     """
     if name.startswith("./") and ".." in Path(name).parts:
         raise ModelError(f"'{name}' leads out of the model's folder", hint="where does this model come from?")
-    folder = (base or Path()) / name if name.startswith("./") else Path(name)
+    folder = _folder(name, base)
     if folder.is_dir():
         return folder
     if name.startswith("./") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ModelError(f"there is no folder '{folder}' with text encoders",
                          hint="a folder, or a name on the Hugging Face hub: OWNER/NAME")
     return _from_hub(name)
+
+
+def is_here(name: str, base: Path | None = None) -> bool:
+    """Whether `located` finds it without the hub."""
+    return _folder(name, base).is_dir()
+
+
+def _folder(name: str, base: Path | None) -> Path:
+    return (base or Path()) / name if name.startswith("./") else Path(name)
 
 
 def _from_hub(name: str) -> Path:

@@ -38,15 +38,21 @@ class Word:
         """The prompt with the word's tokens in its place."""
         return self._found.sub(" ".join(self.tokens), prompt)
 
-    @torch.no_grad()
-    def apply(self, encoders: list) -> None:
-        """Teach the word to encoders that were just loaded. Raises InputError for one that has other vectors."""
-        for number, (model, tokenizer) in enumerate(encoders):
-            rows, width = self.vectors.get(number), model.config.hidden_size
+    def check(self, widths: list[int]) -> None:
+        """InputError for an encoder that it has no vectors for; widths: the numbers of a word, of each."""
+        for number, width in enumerate(widths):
+            rows = self.vectors.get(number)
             if rows is None or rows.shape[1] != width:
                 has = "no vectors" if rows is None else f"vectors of {rows.shape[1]} numbers"
                 raise InputError(f"{self.source} has {has} for text encoder {number + 1}, whose words have {width}",
                                  hint="was it learned with another model, such as SD 2 or SDXL?")
+
+    @torch.no_grad()
+    def apply(self, encoders: list) -> None:
+        """Teach the word to encoders that were just loaded. Raises as `check`."""
+        self.check([model.config.hidden_size for model, _ in encoders])
+        for number, (model, tokenizer) in enumerate(encoders):
+            rows = self.vectors[number]
             tokenizer.add_tokens(self.tokens)
             ids = tokenizer.convert_tokens_to_ids(self.tokens)
             model.resize_token_embeddings(max(*ids, model.config.vocab_size - 1) + 1, mean_resizing=False)

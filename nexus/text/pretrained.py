@@ -22,7 +22,7 @@ from nexus.atomic import cache_folder, write_bytes
 from nexus.config import Config
 from nexus.errors import InputError, OutputError
 from nexus.text.conditioner import aligned
-from nexus.text.folders import Place, digest, places
+from nexus.text.folders import Place, digest, is_here, places
 from nexus.text.recipes import RECIPES, Encoded, Loaded, load
 from nexus.text.weighting import parse, plain
 
@@ -101,6 +101,14 @@ class PretrainedConditioner(nn.Module):
         """InputError for brackets that weigh a word absurdly; no encoder is loaded."""
         if self.config.weighting:
             parse(prompt)
+
+    def widths(self) -> list[int]:
+        """How many numbers a word of each encoder has, by their configurations; none where one is not on this disk."""
+        if not all(is_here(name, self.base) for name in self.config.encoders):
+            return []
+        found = places(self.config.encoders, len(self.recipe.kinds), self.base, optional=self.recipe.optional)
+        return [json.loads((place.encoder / "config.json").read_text("utf-8")).get("hidden_size") for place in found
+                if place]
 
     def null(self, n: int, device: torch.device) -> dict[str, Tensor]:
         """n times no prompt."""

@@ -107,11 +107,10 @@ def test_every_layout_of_a_word_is_the_same(both, tmp_path):
         made.append(encoded(system, f"a red {word} of (the {word}:1.2)")["context"])
         system.conditioner.dress(before)
     assert all(torch.equal(one, made[0]) for one in made)
-    with pytest.raises(InputError, match="32 numbers"):
-        save_file({"emb_params": torch.ones(1, 32)}, tmp_path / "w.safetensors")
-        teach(system, [str(tmp_path / "w.safetensors")])
-        encoded(system, "w")
-    system.conditioner.dress(())
+    save_file({"emb_params": torch.ones(1, 32)}, tmp_path / "w.safetensors")
+    for told in (system, api.outline(str(model))):      # a plan knows it too
+        with pytest.raises(InputError, match="32 numbers for text encoder 1, whose words have 64"):
+            teach(told, [str(tmp_path / "w.safetensors")])
     save_file({"a": torch.ones(1, 64), "b": torch.ones(1, 64)}, tmp_path / "two.safetensors")
     with pytest.raises(InputError, match="no textual inversion"):
         teach(system, [str(tmp_path / "two.safetensors")])
