@@ -42,7 +42,11 @@ def settings(system: str, lora: dict, preset: str | None, file: dict | None, ove
 
 
 def check(built: torch.nn.Module, system: str, lora: dict, sharding: str) -> None:
-    """Give a new system its branches; UsageError where it, or how it is trained, is nothing for a LoRA."""
+    """UsageError where a system, or how it is trained, is nothing for a LoRA; `built` is an outline to be thrown away.
+
+    Some systems take a copy of their network as they are asked for their phases: one that is trained has its branches
+    by then.
+    """
     if sharding != "ddp":
         raise UsageError("a LoRA is trained whole on every device", hint="--set train.sharding=ddp")
     if len(built.phases()) > 1:
@@ -51,9 +55,12 @@ def check(built: torch.nn.Module, system: str, lora: dict, sharding: str) -> Non
     dressed(built, {"system": system, "lora": lora})
 
 
-def begin(built: torch.nn.Module, system: str, lora: dict, run: Path, sharding: str) -> str:
-    """Fill a new system with the base's weights and give it branches; returns a line on it. Raises as `check`."""
+def begin(built: torch.nn.Module, system: str, lora: dict, run: Path) -> str:
+    """Fill a new system, of which `check` had nothing to say, with its base's weights and give it branches.
+
+    Returns a line that says so.
+    """
     fill_base(built, lora["base"], str(run))
-    check(built, system, lora, sharding)
+    dressed(built, {"system": system, "lora": lora})
     count = sum(t.numel() for t in checkpoint.own_state(built).values())
     return f"{count:,} numbers are trained, on the weights of {lora['base']['model']}"

@@ -240,7 +240,7 @@ def _built(system: str, config: Config, args: TrainArgs, run: Path, init: str | 
     torch.manual_seed(args.seed)                    # the initial weights are a function of the seed
     built = checkpoint.build(system, config.to_json())
     if lora:
-        report(loras.begin(built, system, lora, run, args.sharding))
+        report(loras.begin(built, system, lora, run))
     elif init and not runs.checkpoints(run):
         report(_warm_start(built, init))
     return built
