@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 # Of torch.Tensor and torch.nn.init.
 RANDOM = frozenset({"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_",
                     "xavier_uniform_", "orthogonal_"})
+DRAWS = frozenset({"randn", "rand"})                # of torch: as dear on the meta device
 
 
 class Unfilled(TorchFunctionMode):
@@ -19,9 +20,13 @@ class Unfilled(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in RANDOM and (args or "tensor" in kwargs):
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in RANDOM and (args or "tensor" in kwargs):
             return args[0] if args else kwargs["tensor"]
+        if name in DRAWS:
+            empty = torch.empty(*args, **{key: value for key, value in kwargs.items() if key != "generator"})
+            if empty.is_meta:
+                return empty
         return func(*args, **kwargs)
 
 
