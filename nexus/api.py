@@ -158,6 +158,11 @@ def sample(system: str | torch.nn.Module, request: SampleRequest, *, seeds: list
         yield from _made(system, request, seeds, batch_size, model, _Watch(update, preview, preview_every, len(seeds)))
 
 
+def at_once(batch_size: int, device: str, medium: str = "image") -> int:
+    """How many of a batch are made together on a kind of device: pictures on the CPU one by one (see `sample`)."""
+    return 1 if device == "cpu" and medium == "image" else batch_size
+
+
 class _Watch(NamedTuple):
     """Who looks on, how often, and at how many pictures in all."""
 
@@ -179,8 +184,8 @@ class _Watch(NamedTuple):
 def _made(system: torch.nn.Module, request: SampleRequest, seeds: list[int], batch_size: int, model: str | None,
           watch: _Watch) -> Iterator[Item]:
     done, more = 0, _guide(system, request)
-    if next(system.parameters()).device.type == "cpu" and "duration" not in getattr(system, "takes", ()):
-        batch_size = 1
+    medium = getattr(getattr(system, "config", None), "medium", "image")
+    batch_size = at_once(batch_size, next(system.parameters()).device.type, medium)
     while done < len(seeds):
         part = seeds[done:done + batch_size]
         try:

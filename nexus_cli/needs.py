@@ -41,8 +41,9 @@ def human(size: int) -> str:
 
 
 def _asked(job: Job, engine: Engine, device: str, count: int):
+    from nexus.api import at_once
     from nexus.memory import Asked
-    settings, batch = job.settings, 1 if device == "cpu" else min(engine.batch_size, count)
+    settings, batch = job.settings, min(at_once(engine.batch_size, device), count)
     width, height = settings.get("width"), settings.get("height")
     if settings.get("outpaint"):
         from nexus.process.outpaint import sized

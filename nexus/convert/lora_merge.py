@@ -74,10 +74,10 @@ def write_run(run: Path, dst: Path, form: str, *, exists: str = "error", check: 
     if form not in FORMS:
         raise UsageError(f"there is no LoRA layout '{form}'", hint="--to " + " or ".join(FORMS) + ", or nexus to merge")
     folder = form == "peft"
-    if not check and folder == (dst.suffix == ".safetensors"):
-        raise UsageError(f"'{dst}': the layout {form} is {'a folder' if folder else 'one .safetensors file'}",
-                         hint="choose another name")
     if not check:
+        if folder == (dst.suffix == ".safetensors"):
+            raise UsageError(f"'{dst}': the layout {form} is {'a folder' if folder else 'one .safetensors file'}",
+                             hint="choose another name")
         check_target(dst, exists=exists, folder=folder)
     described, system = checkpoint.read_description(run), checkpoint.skeleton(run)
     adapter: Adapter = system.adapter
@@ -87,12 +87,15 @@ def write_run(run: Path, dst: Path, form: str, *, exists: str = "error", check: 
                          hint="--to diffusers or peft")
     updates = adapter.updates(state)
     data = file_of(updates, form, prefix=adapter.prefix)
-    if not folder and not check:
+    report = Report(run, None, described["system"], f"lora/{form}", described["config"], len(state),
+                    sum(t.numel() for t in state.values()))
+    if check:
+        return report
+    if not folder:
         write_bytes(dst, data, exists=exists)
-    elif not check:
+    else:
         with staged_dir(dst, exists=exists) as temporary:
             write_bytes(temporary / "adapter_model.safetensors", data)
             said = json.dumps(adapter_settings(updates), indent=2, sort_keys=True) + "\n"
             write_bytes(temporary / "adapter_config.json", said.encode())
-    return Report(run, None if check else dst, described["system"], f"lora/{form}", described["config"], len(state),
-                  sum(t.numel() for t in state.values()))
+    return report._replace(written=dst)

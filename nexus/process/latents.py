@@ -11,10 +11,15 @@ from nexus.rng import ItemNoise
 
 def check_codes(request: SampleRequest, size: int) -> None:
     """UsageError for a walk from given noise, InputError for noise that is not of `size` numbers an item."""
-    if request.initial_noise is not None and request.interpolate:
-        raise UsageError("--interpolate walks between seeds: not with --initial-noise", hint="leave one out")
     if request.initial_noise is not None:
-        read_noise(request, (size,))
+        _given(request, size, 1)
+
+
+def _given(request: SampleRequest, size: int, count: int) -> Tensor:
+    """The codes in the request's file, as they are."""
+    if request.interpolate:
+        raise UsageError("--interpolate walks between seeds: not with --initial-noise", hint="leave one out")
+    return read_noise(request, (size,), count)
 
 
 def codes(request: SampleRequest, seeds: list[int], size: int) -> Tensor:
@@ -23,9 +28,8 @@ def codes(request: SampleRequest, seeds: list[int], size: int) -> Tensor:
     A walk goes over the sphere from the code of the item's seed to that of the next seed, both ends included. Raises
     InputError for a noise file that does not fit, UsageError for a walk from one.
     """
-    check_codes(request, size)
     if request.initial_noise is not None:
-        return truncated(read_noise(request, (size,), len(seeds)), request.truncation)
+        return truncated(_given(request, size, len(seeds)), request.truncation)
     z = ItemNoise(seeds).draw((size,))
     if request.interpolate:
         following = ItemNoise([seed + 1 for seed in seeds]).draw((size,))
